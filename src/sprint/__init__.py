@@ -1,0 +1,50 @@
+"""SPRINT: train and sample diffusion transformers with most tokens dropped (arXiv 2510.21986).
+
+drop = sprint.StructuredDrop(0.75)                                 # which tokens the middle blocks see
+out = sprint.FlowMatchingLoss()(model, images, y=labels, drop=drop)
+images = sprint.sample(model, noise, y=labels, guidance=sprint.PathDropGuidance(2.0))
+"""
+
+from sprint.checkpoint import load_state, save_state
+from sprint.config import SiTConfig
+from sprint.drop import Drop, RandomDrop, StructuredDrop
+from sprint.flow import FlowMatchingLoss, LogNormalTime, LossOutput, ShiftedTime, UniformTime, repa_loss
+from sprint.fusion import SparseDenseResidual
+from sprint.guidance import ClassifierFreeGuidance, PathDropGuidance
+from sprint.interpolants import CosineInterpolant, Interpolant, LinearInterpolant
+from sprint.middle import SparseMiddle
+from sprint.sampling import Euler, EulerMaruyama, Heun, State, sample, trajectory
+from sprint.sit import SiT
+from sprint.tokens import TokenSubset
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "ClassifierFreeGuidance",
+    "CosineInterpolant",
+    "Drop",
+    "Euler",
+    "EulerMaruyama",
+    "FlowMatchingLoss",
+    "Heun",
+    "Interpolant",
+    "LinearInterpolant",
+    "LogNormalTime",
+    "LossOutput",
+    "PathDropGuidance",
+    "RandomDrop",
+    "ShiftedTime",
+    "SiT",
+    "SiTConfig",
+    "SparseDenseResidual",
+    "SparseMiddle",
+    "State",
+    "StructuredDrop",
+    "TokenSubset",
+    "UniformTime",
+    "load_state",
+    "repa_loss",
+    "sample",
+    "save_state",
+    "trajectory",
+]

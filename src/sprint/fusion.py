@@ -1,0 +1,129 @@
+"""Sparse-dense residual fusion: join the dense shallow path with the sparse deep path.
+
+    h = W [g_pad ; f] + b          W: (C, 2C), deep half first        (SPRINT, arXiv 2510.21986, residual fusion)
+
+`f (B, N, C)` are the encoder's tokens, `g (B, K, C)` the middle's, `g_pad` is `g` at the kept places and the mask token
+`m` elsewhere. Because `W [g_pad ; f] = W_g g_pad + W_f f`, the deep half is multiplied on the K kept tokens and on `m`
+once; the padded `(B, N, 2C)` tensor of the plain form is never built. The weights are those of the plain form.
+"""
+
+from typing import TYPE_CHECKING, Literal, get_args
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from sprint.random import uniform
+
+if TYPE_CHECKING:
+    from sprint.tokens import TokenSubset
+
+Sources = Literal["both", "deep", "shallow"]
+Init = Literal["xavier", "identity"]
+
+
+class SparseDenseResidual(nn.Module):
+    """Fuse shallow and deep tokens.
+
+    In training, each sample loses its whole deep path with probability `path_drop` (path-drop learning), so that the
+    shallow path alone learns a velocity and can serve as the weak branch of Path-Drop Guidance. Like dropout this stops in
+    `eval()`; dropping *tokens* never depends on the mode.
+
+    Args:
+        dim: C.
+        path_drop: probability in [0, 1] of replacing a sample's deep tokens by the mask token, in training.
+        sources: "both", or the paper's ablations "deep" (`W_g g_pad + b`) and "shallow" (`W_f f + b`), W: (C, C).
+        learnable_mask: train the mask token. The reference freezes it at N(0, 0.02), and so do we by default.
+        init: "xavier" (from scratch), or "identity", `W = [I ; 0]`: the output is the deep path, bit by bit, which
+            leaves a pretrained model unchanged as long as nothing is dropped.
+
+    >>> fusion = SparseDenseResidual(8)
+    >>> fusion(torch.randn(2, 16, 8), torch.randn(2, 16, 8)).shape
+    torch.Size([2, 16, 8])
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        *,
+        path_drop: float = 0.1,
+        sources: Sources = "both",
+        learnable_mask: bool = False,
+        init: Init = "xavier",
+    ) -> None:
+        super().__init__()
+        if not 0 <= path_drop <= 1:
+            raise ValueError(f"path_drop is a probability in [0, 1], got {path_drop}")
+        if sources not in get_args(Sources):
+            raise ValueError(f"unknown sources {sources!r}: choose one of {', '.join(get_args(Sources))}")
+        if init not in get_args(Init):
+            raise ValueError(f"unknown init {init!r}: choose one of {', '.join(get_args(Init))}")
+        if init == "identity" and sources == "shallow":
+            raise ValueError("init='identity' keeps the deep path, which sources='shallow' leaves out: use init='xavier'")
+        self.dim, self.path_drop, self.sources, self.init = dim, path_drop, sources, init
+        self.proj = nn.Linear(2 * dim if sources == "both" else dim, dim)
+        self.mask_token = nn.Parameter(torch.empty(1, 1, dim), requires_grad=learnable_mask)
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Initialise the projection as `init` says and the mask token from N(0, 0.02)."""
+        nn.init.zeros_(self.proj.bias)
+        nn.init.normal_(self.mask_token, std=0.02)
+        if self.init == "identity":
+            with torch.no_grad():
+                self.proj.weight.zero_()[:, : self.dim].fill_diagonal_(1)
+        else:
+            nn.init.xavier_uniform_(self.proj.weight)
+
+    def forward(
+        self,
+        shallow: Tensor,
+        deep: Tensor | None = None,
+        subset: "TokenSubset | None" = None,
+        *,
+        dropped: Tensor | None = None,
+        generator: torch.Generator | None = None,
+    ) -> Tensor:
+        """Compute `W_g g_pad + W_f f + b`.
+
+        Args:
+            shallow: encoder tokens f, (B, N, C).
+            deep: middle tokens g, (B, K, C) in the order of `subset`, or (B, N, C) without one. None means that the middle
+                did not run (shallow path): the mask token stands everywhere.
+            subset: where the deep tokens belong.
+            dropped: (B,) bool, samples whose deep path is replaced by the mask token. By default drawn in training.
+            generator: for that draw.
+
+        Returns:
+            h, (B, N, C).
+
+        Raises:
+            ValueError: shapes that do not fit each other.
+        """
+        if shallow.ndim != 3 or shallow.shape[-1] != self.dim:
+            raise ValueError(f"shallow tokens must be (B, N, {self.dim}), got {tuple(shallow.shape)}")
+        if deep is not None and subset is None and deep.shape != shallow.shape:
+            raise ValueError(
+                f"without a subset deep tokens must be {tuple(shallow.shape)} like the shallow ones, got "
+                f"{tuple(deep.shape)}: pass the subset that they were gathered with"
+            )
+        if self.sources == "shallow":
+            return self.proj(shallow)
+        if self.sources == "deep":
+            deep_weight = self.proj.weight
+            base = self.proj.bias.expand_as(shallow)
+        else:
+            deep_weight, shallow_weight = self.proj.weight.split(self.dim, dim=1)
+            base = F.linear(shallow, shallow_weight, self.proj.bias)
+        fill = F.linear(self.mask_token, deep_weight)  # (1, 1, C)
+        if deep is None:
+            return base + fill
+        if dropped is None and self.training and self.path_drop > 0:
+            dropped = uniform((len(shallow),), device=shallow.device, generator=generator) < self.path_drop
+        deep = F.linear(deep, deep_weight)  # (B, K, C)
+        if dropped is not None:
+            deep = torch.where(dropped.view(-1, 1, 1), fill, deep)
+        return base + (deep if subset is None else subset.restore(deep, fill))
+
+    def extra_repr(self) -> str:
+        return f"dim={self.dim}, path_drop={self.path_drop}, sources={self.sources!r}"
