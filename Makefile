@@ -4,7 +4,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test check docs clean
+.PHONY: demo test check package docs clean
 .DELETE_ON_ERROR:
 
 demo: .venv/test
@@ -18,8 +18,17 @@ check: .venv/dev
 	$(BIN)/ruff format --check .
 	$(BIN)/pyright
 	$(BIN)/mkdocs build --strict
-	rm -rf dist && $(BIN)/python -m build
-	$(BIN)/python -m pytest -m package
+	$(MAKE) package
+
+package: .venv/dev  # build sdist and wheel, install each into an empty folder, import it from there
+	rm -rf dist build
+	$(BIN)/python -m build --quiet
+	for file in dist/*.whl dist/*.tar.gz; do \
+		$(BIN)/python -m pip install --quiet --no-deps --target build/$$(basename $$file) $$file && \
+		(cd build/$$(basename $$file) && ../../$(BIN)/python -c \
+			"import sprint, pathlib; assert pathlib.Path(sprint.__file__).is_relative_to(pathlib.Path.cwd()); \
+			assert pathlib.Path('sprint/py.typed').exists(); print('$$file', sprint.__version__)") || exit 1; \
+	done
 
 docs: .venv/dev
 	$(BIN)/mkdocs serve
