@@ -81,7 +81,7 @@ class RandomDrop:
         """
         _check_grid(grid)
         num_tokens = math.prod(grid)
-        kept = _whole((1 - self.ratio) * num_tokens)
+        kept = _kept(self.ratio, num_tokens)
         if kept is None:
             raise ValueError(_unreachable(self.ratio, grid, {1 - k / num_tokens for k in range(1, num_tokens + 1)}))
         scores = uniform((1 if self.shared else batch, num_tokens), device=device, generator=generator)
@@ -161,10 +161,10 @@ class StructuredDrop:
         assert self.ratio is not None
         groups = _groups(tuple(grid))
         for group in groups:
-            kept = _whole((1 - self.ratio) * math.prod(group))
+            kept = _kept(self.ratio, math.prod(group))
             if kept is not None:
                 return group, kept
-        sizes = {math.prod(group) for group in groups} or {1}
+        sizes = {math.prod(group) for group in groups}
         raise ValueError(_unreachable(self.ratio, grid, {1 - k / size for size in sizes for k in range(1, size + 1)}))
 
     def sample(
@@ -209,23 +209,20 @@ class StructuredDrop:
 def _groups(grid: tuple[int, ...]) -> list[tuple[int, ...]]:
     """Groups that divide the grid, equal sides first, then the smallest, then the most compact."""
     sides = [[n for n in range(1, MAX_GROUP_SIDE + 1) if length % n == 0] for length in grid]
-    groups = [group for group in product(*sides) if math.prod(group) > 1]
-    return sorted(groups, key=lambda group: (len(set(group)), math.prod(group), max(group), group))
+    return sorted(product(*sides), key=lambda group: (len(set(group)), math.prod(group), max(group), group))
 
 
-def _whole(value: float) -> int | None:
-    """`value` as an integer if it is one (up to rounding) and at least 1."""
-    nearest = round(value)
-    return nearest if nearest >= 1 and abs(value - nearest) < 1e-6 else None
+def _kept(ratio: float, size: int) -> int | None:
+    """How many of `size` tokens the ratio keeps, if that is a whole number (to the six digits that errors print)."""
+    kept = round((1 - ratio) * size)
+    return kept if kept >= 1 and abs(1 - kept / size - ratio) < 1e-6 else None
 
 
 def _unreachable(ratio: float, grid: Sequence[int], reachable: set[float]) -> str:
     below = max((r for r in reachable if r < ratio), default=None)
     above = min((r for r in reachable if r > ratio), default=None)
     neighbours = " and ".join(f"{r:.6g}" for r in (below, above) if r is not None)
-    return (
-        f"no group of a {_times(grid)} token grid drops a share of {ratio}: the nearest that can be reached are {neighbours}"
-    )
+    return f"no group of a {_times(grid)} token grid drops a share of {ratio}: the nearest that can be reached: {neighbours}"
 
 
 def _check_ratio(ratio: float) -> None:

@@ -107,6 +107,11 @@ class SparseDenseResidual(nn.Module):
                 f"without a subset deep tokens must be {tuple(shallow.shape)} like the shallow ones, got "
                 f"{tuple(deep.shape)}: pass the subset that they were gathered with"
             )
+        if subset is not None and subset.num_tokens != shallow.shape[1]:
+            raise ValueError(
+                f"the subset was drawn from {subset.num_tokens} tokens, there are {shallow.shape[1]} shallow ones: "
+                "draw it on the grid of these tokens"
+            )
         if self.sources == "shallow":
             return self.proj(shallow)
         if self.sources == "deep":

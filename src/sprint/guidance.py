@@ -44,7 +44,7 @@ def predict(model: Callable[..., Any], x: Tensor, t: float, y: Any, **options: A
     return model(x, times, **options) if y is None else model(x, times, y, **options)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)  # null may be a tensor, which has no single truth value
 class ClassifierFreeGuidance:
     """Guidance whose weak prediction is the whole model with the null condition.
 
@@ -73,7 +73,7 @@ class ClassifierFreeGuidance:
         return guide(predict(model, x, t, null), predict(model, x, t, y), self.scale)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class PathDropGuidance:
     """Guidance whose weak prediction takes the shallow path: encoder, mask token, decoder (SPRINT, Path-Drop Guidance).
 

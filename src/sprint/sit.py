@@ -57,6 +57,8 @@ class SiT(nn.Module):
     torch.Size([2, 4, 8, 8])
     """
 
+    shares_encoder = True  # forward takes path="both": guidance with the same condition runs the encoder once
+
     def __init__(self, config: SiTConfig) -> None:
         super().__init__()
         self.config = c = config

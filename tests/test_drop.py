@@ -1,0 +1,168 @@
+"""Drop samplers: exact counts, uniform marginals, the paper's groups, any grid, own random stream."""
+
+import math
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from sprint import RandomDrop, StructuredDrop
+
+grids = st.lists(st.integers(1, 8), min_size=2, max_size=3).map(tuple)
+
+
+@st.composite
+def groups_and_grids(draw) -> tuple[tuple[int, ...], int, tuple[int, ...]]:
+    group = draw(st.lists(st.integers(1, 3), min_size=2, max_size=3).map(tuple))
+    cells = [draw(st.integers(1, 3)) for _ in group]
+    return group, draw(st.integers(1, math.prod(group))), tuple(n * c for n, c in zip(group, cells, strict=True))
+
+
+def is_valid(keep: torch.Tensor, num_tokens: int) -> bool:
+    """Distinct, ascending, in range."""
+    return bool((keep[:, 1:] > keep[:, :-1]).all() and keep.min() >= 0 and keep.max() < num_tokens)
+
+
+@given(grids, st.data())
+@settings(deadline=None)
+def test_random_drop_keeps_exactly_k(grid, data):
+    num_tokens = math.prod(grid)
+    kept = data.draw(st.integers(1, num_tokens))
+    subset = RandomDrop(1 - kept / num_tokens).sample(3, grid)
+    assert subset.keep.shape == (3, kept)
+    assert is_valid(subset.keep, num_tokens)
+
+
+@given(groups_and_grids())
+@settings(deadline=None)
+def test_structured_drop_keeps_exactly_k_in_every_group(case):
+    group, kept, grid = case
+    subset = StructuredDrop(group=group, keep=kept).sample(2, grid)
+    assert is_valid(subset.keep, math.prod(grid))
+    mask = subset.mask.reshape(2, *grid)
+    for axis, n in enumerate(group, start=1):  # sum over each group, axis by axis
+        mask = mask.unflatten(axis, (-1, n)).sum(axis + 1)
+    assert mask.eq(kept).all()
+
+
+@given(grids, st.integers(1, 63))
+@settings(deadline=None)
+def test_a_ratio_is_met_exactly_or_refused_with_its_neighbours(grid, kept_of_64):
+    ratio = 1 - kept_of_64 / 64
+    try:
+        subset = StructuredDrop(ratio).sample(1, grid)
+    except ValueError as error:
+        nearest = [float(word) for word in str(error).split("reached: ")[1].split(" and ")]
+        assert min(nearest) < ratio or max(nearest) > ratio
+        for neighbour in nearest:  # what the message proposes works as it is printed
+            kept = StructuredDrop(neighbour).sample(1, grid).num_kept
+            assert kept == round((1 - neighbour) * math.prod(grid))
+    else:
+        assert subset.num_kept == (1 - ratio) * math.prod(grid)
+
+
+@pytest.mark.parametrize(
+    ("ratio", "grid", "expected"),
+    [
+        (0.75, (16, 16), ((2, 2), 1)),  # the paper's
+        (0.5, (16, 16), ((2, 2), 2)),
+        (0.25, (16, 16), ((2, 2), 3)),
+        (0.625, (16, 16), ((4, 4), 6)),
+        (0.875, (16, 16), ((4, 4), 2)),
+        (0.75, (32, 32), ((2, 2), 1)),
+        (0.75, (4, 8, 8), ((2, 2, 2), 2)),  # video
+        (0.75, (1, 8, 8), ((1, 2, 2), 1)),
+        (0.75, (4, 6), ((2, 2), 1)),
+        (0.75, (15, 8), ((1, 4), 1)),  # an odd side: the group lies along the other
+        (0.0, (3, 5), ((1, 1), 1)),
+        (0.0, (11, 13), ((1, 1), 1)),
+    ],
+)
+def test_groups_that_a_ratio_chooses(ratio, grid, expected):
+    drop = StructuredDrop(ratio)
+    assert drop.cells(grid) == expected
+    assert drop.sample(1, grid).num_kept == round((1 - ratio) * math.prod(grid))
+
+
+@pytest.mark.parametrize(
+    "drop", [RandomDrop(0.75), StructuredDrop(0.75), StructuredDrop(group=(4, 2), keep=2), StructuredDrop(0.625)]
+)
+def test_every_token_is_kept_equally_often(drop):
+    batch, grid = 20_000, (4, 4)
+    subset = drop.sample(batch, grid, generator=torch.Generator().manual_seed(0))
+    share = subset.num_kept / 16
+    frequency = subset.mask.double().mean(0)
+    deviation = math.sqrt(share * (1 - share) / batch)
+    assert (frequency - share).abs().max() < 5 * deviation
+
+
+def test_pairs_are_independent_across_groups_and_exclusive_within():
+    mask = StructuredDrop(0.75).sample(20_000, (2, 4), generator=torch.Generator().manual_seed(0)).mask.double()
+    together = mask.T @ mask / len(mask)
+    assert together[0, 1] == 0  # both in the first group, which keeps one
+    assert together[0, 2].item() == pytest.approx(1 / 16, abs=0.01)
+
+
+@pytest.mark.parametrize("drop", [RandomDrop, StructuredDrop])
+def test_per_sample_by_default_and_shared_as_an_option(drop):
+    generator = torch.Generator().manual_seed(0)
+    own = drop(0.75).sample(8, (8, 8), generator=generator).keep
+    shared = drop(0.75, shared=True).sample(8, (8, 8), generator=generator).keep
+    assert len(own.unique(dim=0)) == 8
+    assert shared.shape == own.shape
+    assert len(shared.unique(dim=0)) == 1
+
+
+@pytest.mark.parametrize("drop", [RandomDrop(0.75), StructuredDrop(0.75)])
+def test_a_generator_decides_and_leaves_the_global_stream_alone(drop):
+    before = torch.get_rng_state()
+    first, second = (drop.sample(2, (8, 8), generator=torch.Generator().manual_seed(3)).keep for _ in range(2))
+    assert first.equal(second)
+    assert torch.get_rng_state().equal(before)
+    assert not drop.sample(2, (8, 8)).keep.equal(drop.sample(2, (8, 8)).keep)
+
+
+@pytest.mark.parametrize("drop", [RandomDrop(0.75), StructuredDrop(0.75), StructuredDrop(0.75, shared=True)])
+def test_compiles_without_graph_breaks(drop):
+    compiled = torch.compile(lambda: drop.sample(3, (4, 4)).keep, fullgraph=True, backend="aot_eager")
+    for _ in range(3):
+        keep = compiled()
+        assert keep.shape == (3, 4)
+        assert is_valid(keep, 16)
+
+
+@pytest.mark.parametrize("drop", [RandomDrop, StructuredDrop])
+@pytest.mark.parametrize("ratio", [-0.1, 1.0, 1.5, float("nan")])
+def test_ratio_out_of_range(drop, ratio):
+    with pytest.raises(ValueError, match=r"in \[0, 1\), got .*: 0.75 keeps a quarter"):
+        drop(ratio)
+
+
+def test_unreachable_ratios_name_their_neighbours():
+    with pytest.raises(ValueError, match=r"share of 0.7: the nearest that can be reached: 0.6875 and 0.75"):
+        StructuredDrop(0.7).sample(1, (4, 4))
+    with pytest.raises(ValueError, match=r"share of 0.75: the nearest that can be reached: 0.742857 and 0.771429"):
+        RandomDrop(0.75).sample(1, (5, 7))
+    with pytest.raises(ValueError, match=r"share of 0.75: the nearest that can be reached: 0.666667 and 0.777778"):
+        StructuredDrop(0.75).sample(1, (9, 9))
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (StructuredDrop, "give either a ratio"),
+        (lambda: StructuredDrop(0.75, group=(2, 2), keep=1), "give either a ratio"),
+        (lambda: StructuredDrop(group=(2, 2)), "give either a ratio"),
+        (lambda: StructuredDrop(0.5, keep=2), "give either a ratio"),
+        (lambda: StructuredDrop(group=(2, 2), keep=5), "keep must be 1 to 4 for a group of 2x2, got 5"),
+        (lambda: StructuredDrop(group=(2, 0), keep=1), r"group must be 1 to 3 positive sides.*got \(2, 0\)"),
+        (lambda: StructuredDrop(group=(2, 2), keep=1).sample(1, (4, 5)), "4x5 tokens is not divisible .* 2x2"),
+        (lambda: StructuredDrop(group=(2, 2), keep=1).sample(1, (2, 4, 4)), "2x4x4 tokens is not divisible .* 2x2"),
+        (lambda: StructuredDrop(0.75).sample(1, ()), r"grid must be 1 to 3 positive sides.*got \(\)"),
+        (lambda: RandomDrop(0.75).sample(1, (0, 4)), r"grid must be 1 to 3 positive sides.*got \(0, 4\)"),
+    ],
+)
+def test_what_does_not_fit(make, message):
+    with pytest.raises(ValueError, match=message):
+        make()

@@ -1,0 +1,150 @@
+"""SparseDenseResidual: the plain form's outputs and gradients without its memory, path-drop, ablations, initialisation."""
+
+import pytest
+import reference
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from sprint import SparseDenseResidual, StructuredDrop, TokenSubset
+
+
+def problem(dim: int = 6, **options):
+    torch.manual_seed(0)
+    fusion = SparseDenseResidual(dim, learnable_mask=True, **options).double()
+    torch.nn.init.normal_(fusion.proj.bias)
+    subset = StructuredDrop(0.75).sample(3, (4, 4))
+    shallow = torch.randn(3, 16, dim, dtype=torch.float64, requires_grad=True)
+    deep = torch.randn(3, 4, dim, dtype=torch.float64, requires_grad=True)
+    return fusion, shallow, deep, subset
+
+
+def test_equals_the_plain_form_in_outputs_and_gradients():
+    fusion, shallow, deep, subset = problem()
+    weights = (fusion.proj.weight, fusion.proj.bias, fusion.mask_token)
+    expected = reference.fuse(*weights, shallow, deep=deep, keep=subset.keep)
+    actual = fusion(shallow, deep, subset, dropped=torch.zeros(3, dtype=torch.bool))
+    torch.testing.assert_close(actual, expected, rtol=1e-12, atol=1e-12)  # float64
+    direction = torch.randn_like(expected)
+    inputs = (*weights, shallow, deep)
+    torch.testing.assert_close(
+        torch.autograd.grad(actual, inputs, direction),
+        torch.autograd.grad(expected, inputs, direction),
+        rtol=1e-12,
+        atol=1e-12,
+    )
+
+
+def test_all_tokens_and_the_shallow_path_equal_the_plain_form():
+    fusion, shallow, _, _ = problem()
+    weights = (fusion.proj.weight, fusion.proj.bias, fusion.mask_token)
+    every = torch.arange(16).repeat(3, 1)
+    deep = torch.randn_like(shallow)
+    fusion.eval()
+    torch.testing.assert_close(fusion(shallow, deep), reference.fuse(*weights, shallow, deep=deep, keep=every))
+    masks = fusion.mask_token.expand_as(shallow)
+    torch.testing.assert_close(fusion(shallow), reference.fuse(*weights, shallow, deep=masks, keep=every))
+
+
+@pytest.mark.parametrize(("sources", "half"), [("deep", slice(0, 6)), ("shallow", slice(6, 12))])
+def test_ablations_are_halves_of_the_plain_form(sources, half):
+    fusion, shallow, deep, subset = problem(sources=sources)
+    weight = torch.zeros(6, 12, dtype=torch.float64)
+    weight[:, half] = fusion.proj.weight
+    expected = reference.fuse(weight, fusion.proj.bias, fusion.mask_token, shallow, deep=deep, keep=subset.keep)
+    torch.testing.assert_close(fusion.eval()(shallow, deep, subset), expected)
+
+
+class LargestTensor(TorchDispatchMode):
+    """Records the number of elements of the largest tensor that any operation makes."""
+
+    numel = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        for tensor in result if isinstance(result, tuple | list) else (result,):
+            if isinstance(tensor, torch.Tensor):
+                self.numel = max(self.numel, tensor.numel())
+        return result
+
+
+def test_never_builds_the_padded_tensor_forward_or_backward():
+    fusion, shallow, deep, subset = problem()
+    with LargestTensor() as largest:
+        fusion(shallow, deep, subset).sum().backward()
+    assert largest.numel == shallow.numel()  # (B, N, C), never (B, N, 2C)
+    with LargestTensor() as largest:
+        reference.fuse(fusion.proj.weight, fusion.proj.bias, fusion.mask_token, shallow, deep=deep, keep=subset.keep)
+    assert largest.numel == 2 * shallow.numel()  # the probe sees it where it is built
+
+
+def test_path_drop_hides_the_deep_tokens_of_the_dropped_samples_only():
+    fusion, shallow, deep, subset = problem()
+    dropped = torch.tensor([True, False, True])
+    fused = fusion(shallow, deep, subset, dropped=dropped)
+    torch.testing.assert_close(fused[dropped], fusion(shallow)[dropped])
+    torch.testing.assert_close(fused[~dropped], fusion.eval()(shallow, deep, subset)[~dropped])
+    (gradient,) = torch.autograd.grad(fused.sum(), deep)
+    assert gradient[dropped].count_nonzero() == 0
+    assert gradient[~dropped].count_nonzero() > 0
+
+
+def test_path_drop_is_drawn_in_training_with_its_probability():
+    fusion = SparseDenseResidual(2, path_drop=0.3)
+    shallow, deep = torch.zeros(20_000, 1, 2), torch.ones(20_000, 1, 2)
+    fused = fusion(shallow, deep, generator=torch.Generator().manual_seed(0))
+    share = (fused == fusion(shallow)).all(-1).double().mean().item()
+    assert share == pytest.approx(0.3, abs=0.016)  # 5 standard deviations
+    again = fusion(shallow, deep, generator=torch.Generator().manual_seed(0))
+    assert again.equal(fused)
+    whole = fusion.eval()(shallow, deep)
+    assert not (whole == fusion(shallow)).any()
+
+
+@pytest.mark.parametrize("path_drop", [0.0, 1.0])
+def test_path_drop_at_its_ends(path_drop):
+    fusion, shallow, deep, subset = problem(path_drop=path_drop)
+    expected = fusion(shallow) if path_drop else fusion.eval()(shallow, deep, subset)
+    torch.testing.assert_close(fusion.train()(shallow, deep, subset), expected)
+
+
+def test_identity_initialisation_returns_the_deep_tokens_bit_by_bit():
+    fusion = SparseDenseResidual(6, init="identity").eval()
+    shallow, deep = torch.randn(2, 3, 6), torch.randn(2, 3, 6)
+    assert fusion(shallow, deep).equal(deep)
+
+
+def test_mask_token_is_frozen_unless_asked():
+    assert not SparseDenseResidual(512).mask_token.requires_grad
+    assert SparseDenseResidual(512, learnable_mask=True).mask_token.requires_grad
+    assert SparseDenseResidual(4096).mask_token.std().item() == pytest.approx(0.02, rel=0.1)
+
+
+def test_state_dict_is_the_plain_form():
+    shapes = {name: tuple(tensor.shape) for name, tensor in SparseDenseResidual(6).state_dict().items()}
+    assert shapes == {"proj.weight": (6, 12), "proj.bias": (6,), "mask_token": (1, 1, 6)}
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"path_drop": 1.1}, r"probability in \[0, 1\], got 1.1"),
+        ({"sources": "dense"}, "unknown sources 'dense': choose one of both, deep, shallow"),
+        ({"init": "zeros"}, "unknown init 'zeros': choose one of xavier, identity"),
+        ({"init": "identity", "sources": "shallow"}, "use init='xavier'"),
+    ],
+)
+def test_bad_options(options, message):
+    with pytest.raises(ValueError, match=message):
+        SparseDenseResidual(6, **options)
+
+
+def test_tokens_that_do_not_fit():
+    fusion, shallow, deep, subset = problem()
+    with pytest.raises(ValueError, match=r"shallow tokens must be \(B, N, 6\), got \(3, 16, 5\)"):
+        fusion(shallow[..., :5], deep, subset)
+    with pytest.raises(ValueError, match="pass the subset that they were gathered with"):
+        fusion(shallow, deep)
+    with pytest.raises(ValueError, match=r"sparse must have shape \(3, 4, ...\), got \(3, 5, 6\)"):
+        fusion(shallow, shallow[:, :5], subset)
+    with pytest.raises(ValueError, match="drawn from 20 tokens, there are 16"):
+        fusion(shallow, deep, TokenSubset(subset.keep, 20))
