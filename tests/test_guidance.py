@@ -1,0 +1,170 @@
+"""CFG and PDG: their equation, what runs how often, intervals, null conditions, and bad input."""
+
+from functools import partial
+
+import pytest
+import torch
+from torch import nn
+
+from sprint import ClassifierFreeGuidance, PathDropGuidance, SiT, SiTConfig, SparseDenseResidual, SparseMiddle
+from sprint.guidance import guide
+
+BOTH = pytest.mark.parametrize("guidance", [ClassifierFreeGuidance, PathDropGuidance])
+
+
+def tiny(**options) -> SiT:
+    torch.manual_seed(0)
+    fields = {"dim": 16, "heads": 2, "encoder_depth": 2, "middle_depth": 3, "decoder_depth": 2, "num_classes": 10}
+    net = SiT(SiTConfig(**{**fields, **options}))
+    with torch.no_grad():
+        for parameter in net.parameters():
+            parameter.add_(torch.randn_like(parameter), alpha=0.1)
+    return net.eval()
+
+
+@pytest.fixture
+def model() -> SiT:
+    return tiny()
+
+
+X, Y = torch.randn(2, 4, 8, 8, generator=torch.Generator().manual_seed(0)), torch.tensor([1, 2])
+T = torch.full((2,), 0.5)
+
+
+def calls_of(model: SiT, run) -> tuple[int, int, int]:
+    """How many encoder, middle and decoder blocks run."""
+    counts = [0, 0, 0]
+
+    def count(part, *_):
+        counts[part] += 1
+
+    blocks = [*model.encoder, *model.middle.blocks, *model.decoder]
+    parts = [0] * len(model.encoder) + [1] * len(model.middle.blocks) + [2] * len(model.decoder)
+    hooks = [b.register_forward_hook(partial(count, part)) for b, part in zip(blocks, parts, strict=True)]
+    run()
+    for hook in hooks:
+        hook.remove()
+    return counts[0], counts[1], counts[2]
+
+
+def test_equation():
+    weak, strong = torch.randn(2, 5)
+    for w in (0.0, 1.0, 3.0):
+        torch.testing.assert_close(guide(weak, strong, w), (1 - w) * weak + w * strong)
+
+
+@torch.no_grad()
+def test_cfg_and_pdg_are_their_definitions(model):
+    strong, null = model(X, T, Y), model.null_condition(2)
+    weak = {
+        ClassifierFreeGuidance(3.0): model(X, T, null),
+        PathDropGuidance(3.0): model(X, T, null, path="shallow"),
+        PathDropGuidance(3.0, weak="same"): model(X, T, Y, path="shallow"),
+    }
+    for guidance, prediction in weak.items():
+        torch.testing.assert_close(guidance(model, X, 0.5, Y), prediction + 3 * (strong - prediction))
+
+
+@pytest.mark.parametrize(
+    ("guidance", "calls"),
+    [
+        (ClassifierFreeGuidance(3.0), (4, 6, 4)),
+        (PathDropGuidance(3.0), (4, 3, 4)),  # the weak branch truly skips the middle
+        (PathDropGuidance(3.0, weak="same"), (2, 3, 4)),  # and here the encoder runs once
+        (ClassifierFreeGuidance(1.0), (2, 3, 2)),  # off
+        (PathDropGuidance(1.0), (2, 3, 2)),
+        (PathDropGuidance(3.0, interval=(0.6, 0.8)), (2, 3, 2)),
+        (ClassifierFreeGuidance(3.0, interval=(0.0, 0.4)), (2, 3, 2)),
+        (PathDropGuidance(3.0, interval=(0.5, 0.5)), (4, 3, 4)),
+    ],
+)
+def test_blocks_that_run(model, guidance, calls):
+    assert calls_of(model, lambda: guidance(model, X, 0.5, Y)) == calls
+
+
+@BOTH
+def test_scale_one_is_the_conditional_prediction(model, guidance):
+    assert guidance(1.0)(model, X, 0.5, Y).equal(model(X, T, Y))
+
+
+@BOTH
+def test_outside_the_interval_it_is_off(model, guidance):
+    inside = guidance(3.0, interval=(0.3, 0.8))
+    for t, acts in ((0.29, False), (0.3, True), (0.8, True), (0.81, False)):
+        plain = model(X, torch.full((2,), t), Y)
+        assert inside(model, X, t, Y).equal(plain) != acts
+
+
+@BOTH
+def test_null_condition_is_the_models_or_yours(model, guidance):
+    default = guidance(3.0)(model, X, 0.5, Y)
+    assert guidance(3.0, null=torch.tensor([10, 10]))(model, X, 0.5, Y).equal(default)
+    assert guidance(3.0, null=torch.tensor([10]))(model, X, 0.5, Y).equal(default)
+    assert not guidance(3.0, null=torch.tensor([3]))(model, X, 0.5, Y).equal(default)
+    assert guidance(3.0)(tiny(num_classes=5), X, 0.5, Y).shape == X.shape  # another number of classes
+
+
+@torch.no_grad()
+def test_vector_conditions():
+    model, y = tiny(num_classes=None, cond_dim=6), torch.randn(2, 6)
+    weak = model(X, T, model.null_condition(2), path="shallow")
+    torch.testing.assert_close(PathDropGuidance(3.0)(model, X, 0.5, y), weak + 3 * (model(X, T, y) - weak))
+
+
+def test_same_condition_needs_no_condition_at_all():
+    model = tiny(num_classes=None)
+    strong, weak = model(X, T, path="both")
+    torch.testing.assert_close(PathDropGuidance(2.0, weak="same")(model, X, 0.5, None), weak + 2 * (strong - weak))
+
+
+class Own(nn.Module):
+    """Someone's model with a sparse middle in its block list and a forward that knows nothing of paths."""
+
+    def __init__(self):
+        super().__init__()
+        self.blocks = nn.Sequential(
+            nn.Linear(4, 4), SparseMiddle([nn.Linear(4, 4)], SparseDenseResidual(4)), nn.Linear(4, 4)
+        )
+
+    def forward(self, x, t, y):
+        return self.blocks(x + t[:, None, None] + y[:, None, None])
+
+
+@pytest.mark.parametrize("weak", ["null", "same"])
+def test_models_of_your_own(weak):
+    model, x = Own().eval(), torch.randn(2, 6, 4)
+    options = {"null": torch.tensor([0, 0])} if weak == "null" else {"weak": "same"}
+    guided = PathDropGuidance(3.0, **options)(model, x, 0.5, Y)
+    with model.blocks[1].routed(path="shallow"):
+        shallow = model(x, T, torch.tensor([0, 0]) if weak == "null" else Y)
+    torch.testing.assert_close(guided, shallow + 3 * (model(x, T, Y) - shallow))
+
+
+@torch.no_grad()
+def test_compiled_models(model):
+    torch.compiler.reset()
+    compiled = torch.compile(model, backend="aot_eager")
+    for guidance in (ClassifierFreeGuidance(3.0), PathDropGuidance(3.0), PathDropGuidance(3.0, weak="same")):
+        torch.testing.assert_close(guidance(compiled, X, 0.5, Y), guidance(model, X, 0.5, Y), rtol=1e-4, atol=1e-5)
+
+
+@BOTH
+@pytest.mark.parametrize("interval", [(-0.1, 0.5), (0.8, 0.3), (0.5, 1.1), (0.5,)])
+def test_bad_intervals(guidance, interval):
+    with pytest.raises(ValueError, match=r"interval must be \(low, high\) with 0 <= low <= high <= 1 \(0 data, 1 noise\)"):
+        guidance(2.0, interval=interval)
+
+
+def test_what_cannot_be_guided(model):
+    with pytest.raises(ValueError, match="pass y, or sample without guidance"):
+        ClassifierFreeGuidance(2.0)(model, X, 0.5, None)
+    with pytest.raises(ValueError, match=r"function has no null_condition\(batch\): pass null="):
+        ClassifierFreeGuidance(2.0)(lambda x, t, y: x, X, 0.5, Y)
+    with pytest.raises(ValueError, match="a model with one SparseMiddle, Linear has 0: use ClassifierFreeGuidance"):
+        PathDropGuidance(2.0)(nn.Linear(1, 1), X, 0.5, Y)
+    with pytest.raises(ValueError, match="a model with one SparseMiddle, function has 0"):
+        PathDropGuidance(2.0)(lambda x, t, y: x, X, 0.5, Y)
+    with pytest.raises(ValueError, match="weak must be 'null' or 'same', got 'none'"):
+        PathDropGuidance(2.0, weak="none")
+    with pytest.raises(ValueError, match="leave null out, or choose weak='null'"):
+        PathDropGuidance(2.0, weak="same", null=Y)
