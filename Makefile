@@ -1,4 +1,4 @@
-# make demo: train a small SPRINT model on digits and draw a sample grid (about 4 minutes on two CPU cores)
+# make demo: train a small SPRINT model on digits and draw a sample grid (about 3 minutes on two CPU cores)
 # make test: run the tests                                  make check: lint, types, docs, package
 
 PYTHON ?= python3

@@ -31,7 +31,9 @@ class SiTConfig:
     Args:
         dim: width C, divisible by `heads` into heads of a multiple of 4 channels.
         heads: attention heads.
-        encoder_depth, middle_depth, decoder_depth: blocks on all tokens, on kept tokens, on all tokens.
+        encoder_depth: first blocks, on all tokens.
+        middle_depth: blocks on the kept tokens.
+        decoder_depth: last blocks, on all tokens.
         patch_size: side of a square patch.
         in_channels: channels of x (4 for SD-VAE latents).
         mlp_ratio: hidden width of the MLP over C.

@@ -45,10 +45,11 @@ class RandomDrop:
         ratio: share of tokens dropped, in [0, 1); `(1 - ratio) N` must be whole.
         shared: one draw for the whole batch instead of one per sample.
 
-    >>> drop = RandomDrop(0.75)
-    >>> drop.sample(2, (4, 4), generator=torch.Generator().manual_seed(0)).keep
-    tensor([[ 1,  5,  7,  9],
-            [ 5,  7, 10, 15]])
+    Examples:
+        >>> drop = RandomDrop(0.75)
+        >>> drop.sample(2, (4, 4), generator=torch.Generator().manual_seed(0)).keep
+        tensor([[ 1,  5,  7,  9],
+                [ 5,  7, 10, 15]])
     """
 
     ratio: float
@@ -103,12 +104,13 @@ class StructuredDrop:
         keep: tokens kept per group, 1 to the group's size.
         shared: one draw for the whole batch instead of one per sample.
 
-    >>> drop = StructuredDrop(0.75)
-    >>> drop.sample(2, (4, 4), generator=torch.Generator().manual_seed(0)).keep
-    tensor([[ 1,  7,  9, 15],
-            [ 1,  3, 12, 15]])
-    >>> drop == StructuredDrop(0.75), StructuredDrop(group=(2, 2), keep=1).cells((4, 4))
-    (True, ((2, 2), 1))
+    Examples:
+        >>> drop = StructuredDrop(0.75)
+        >>> drop.sample(2, (4, 4), generator=torch.Generator().manual_seed(0)).keep
+        tensor([[ 1,  7,  9, 15],
+                [ 1,  3, 12, 15]])
+        >>> drop == StructuredDrop(0.75), StructuredDrop(group=(2, 2), keep=1).cells((4, 4))
+        (True, ((2, 2), 1))
     """
 
     ratio: float | None

@@ -116,11 +116,12 @@ class FlowMatchingLoss:
             velocity's in each case ("x" needs t > 0, "noise" needs t < 1; a time at that end gives an infinite loss).
         repa_weight: coefficient of the REPA term (0.5 in REPA, arXiv 2410.06940, and in SPRINT).
 
-    >>> from sprint import SiT, StructuredDrop
-    >>> model = SiT.preset("S/2", middle_depth=1, num_classes=10)
-    >>> out = FlowMatchingLoss()(model, torch.randn(2, 4, 8, 8), y=torch.tensor([3, 7]), drop=StructuredDrop(0.75))
-    >>> out.loss.ndim, out.per_sample.shape, out.subset.num_kept
-    (0, torch.Size([2]), 4)
+    Examples:
+        >>> from sprint import SiT, StructuredDrop
+        >>> model = SiT.preset("S/2", middle_depth=1, num_classes=10)
+        >>> out = FlowMatchingLoss()(model, torch.randn(2, 4, 8, 8), y=torch.tensor([3, 7]), drop=StructuredDrop(0.75))
+        >>> out.loss.ndim, out.per_sample.shape, out.subset.num_kept
+        (0, torch.Size([2]), 4)
     """
 
     def __init__(

@@ -37,9 +37,10 @@ class SparseDenseResidual(nn.Module):
         init: "xavier" (from scratch), or "identity", `W = [I ; 0]`: the output is the deep path, bit by bit, which
             leaves a pretrained model unchanged as long as nothing is dropped.
 
-    >>> fusion = SparseDenseResidual(8)
-    >>> fusion(torch.randn(2, 16, 8), torch.randn(2, 16, 8)).shape
-    torch.Size([2, 16, 8])
+    Examples:
+        >>> fusion = SparseDenseResidual(8)
+        >>> fusion(torch.randn(2, 16, 8), torch.randn(2, 16, 8)).shape
+        torch.Size([2, 16, 8])
     """
 
     def __init__(

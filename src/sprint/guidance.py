@@ -32,8 +32,9 @@ class Guidance(Protocol):
 def guide(weak: Tensor, strong: Tensor, scale: float) -> Tensor:
     """`weak + scale (strong − weak)`.
 
-    >>> guide(torch.tensor(1.0), torch.tensor(2.0), 3.0)
-    tensor(4.)
+    Examples:
+        >>> guide(torch.tensor(1.0), torch.tensor(2.0), 3.0)
+        tensor(4.)
     """
     return weak + scale * (strong - weak)
 

@@ -89,9 +89,10 @@ class Interpolant(ABC):
 class LinearInterpolant(Interpolant):
     """α = 1 − t, σ = t, so v = ε − x0.
 
-    >>> linear = LinearInterpolant()
-    >>> linear.interpolate(torch.tensor([[2.0]]), torch.tensor([[6.0]]), torch.tensor([0.25]))
-    tensor([[3.]])
+    Examples:
+        >>> linear = LinearInterpolant()
+        >>> linear.interpolate(torch.tensor([[2.0]]), torch.tensor([[6.0]]), torch.tensor([0.25]))
+        tensor([[3.]])
     """
 
     def alpha(self, t: Tensor) -> Tensor:
@@ -113,9 +114,10 @@ class LinearInterpolant(Interpolant):
 class CosineInterpolant(Interpolant):
     """α = cos(πt/2), σ = sin(πt/2), the variance-preserving interpolant (GVP in SiT).
 
-    >>> cosine, t = CosineInterpolant(), torch.tensor([0.3])
-    >>> cosine.alpha(t) ** 2 + cosine.sigma(t) ** 2
-    tensor([1.])
+    Examples:
+        >>> cosine, t = CosineInterpolant(), torch.tensor([0.3])
+        >>> cosine.alpha(t) ** 2 + cosine.sigma(t) ** 2
+        tensor([1.])
     """
 
     def alpha(self, t: Tensor) -> Tensor:

@@ -45,16 +45,17 @@ class SparseMiddle(nn.Module):
         tables: names of keyword arguments that hold one row per token, (B or 1, N, *), such as rotary tables; they are
             gathered with the tokens.
 
-    >>> blocks = [nn.Linear(8, 8), nn.Linear(8, 8)]
-    >>> middle = SparseMiddle(blocks, SparseDenseResidual(8))
-    >>> model = nn.Sequential(nn.Linear(8, 8), middle, nn.Linear(8, 8))
-    >>> tokens = torch.randn(2, 4, 8)
-    >>> subset = TokenSubset.from_keep(torch.tensor([[0], [3]]), 4)
-    >>> middle(tokens, subset=subset).shape                  # as an argument
-    torch.Size([2, 4, 8])
-    >>> with middle.routed(subset=subset):                   # as state, for a model whose loop you do not own
-    ...     model(tokens).shape
-    torch.Size([2, 4, 8])
+    Examples:
+        >>> blocks = [nn.Linear(8, 8), nn.Linear(8, 8)]
+        >>> middle = SparseMiddle(blocks, SparseDenseResidual(8))
+        >>> model = nn.Sequential(nn.Linear(8, 8), middle, nn.Linear(8, 8))
+        >>> tokens = torch.randn(2, 4, 8)
+        >>> subset = TokenSubset.from_keep(torch.tensor([[0], [3]]), 4)
+        >>> middle(tokens, subset=subset).shape                  # as an argument
+        torch.Size([2, 4, 8])
+        >>> with middle.routed(subset=subset):                   # as state, for a model whose loop you do not own
+        ...     model(tokens).shape
+        torch.Size([2, 4, 8])
     """
 
     def __init__(

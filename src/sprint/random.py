@@ -22,8 +22,9 @@ def uniform(
 ) -> Tensor:
     """Draw from the uniform distribution on [0, 1).
 
-    >>> uniform((2,), generator=torch.Generator().manual_seed(0))
-    tensor([0.4963, 0.7682])
+    Examples:
+        >>> uniform((2,), generator=torch.Generator().manual_seed(0))
+        tensor([0.4963, 0.7682])
     """
     source = device if generator is None else generator.device
     return torch.rand(*shape, device=source, dtype=dtype, generator=generator).to(device)
@@ -38,8 +39,9 @@ def normal(
 ) -> Tensor:
     """Draw from the standard normal distribution.
 
-    >>> normal((2,), generator=torch.Generator().manual_seed(0))
-    tensor([ 1.5410, -0.2934])
+    Examples:
+        >>> normal((2,), generator=torch.Generator().manual_seed(0))
+        tensor([ 1.5410, -0.2934])
     """
     source = device if generator is None else generator.device
     return torch.randn(*shape, device=source, dtype=dtype, generator=generator).to(device)

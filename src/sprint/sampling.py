@@ -157,8 +157,9 @@ def trajectory(
 ) -> Iterator[State]:
     """Yield every state from the noise (step 0) to the sample; for arguments see `sample`.
 
-    >>> [(s.step, round(s.t, 2)) for s in trajectory(lambda x, t: x, torch.ones(1, 2), steps=2)]
-    [(0, 1.0), (1, 0.5), (2, 0.0)]
+    Examples:
+        >>> [(s.step, round(s.t, 2)) for s in trajectory(lambda x, t: x, torch.ones(1, 2), steps=2)]
+        [(0, 1.0), (1, 0.5), (2, 0.0)]
     """
     if isinstance(solver, str) and solver not in SOLVERS:
         raise ValueError(f"unknown solver {solver!r}: choose one of {', '.join(SOLVERS)}, or pass a Solver")
@@ -231,8 +232,9 @@ def sample(
         ValueError: unknown options, conditions that do not fit, or a model in training mode.
         TypeError: noise is not floating point.
 
-    >>> sample(lambda x, t: x, torch.ones(1, 2), steps=2)
-    tensor([[0.2500, 0.2500]])
+    Examples:
+        >>> sample(lambda x, t: x, torch.ones(1, 2), steps=2)
+        tensor([[0.2500, 0.2500]])
     """
     states = trajectory(
         model,

@@ -51,10 +51,11 @@ class SiT(nn.Module):
     Args:
         config: sizes and options.
 
-    >>> model = SiT.preset("S/2", middle_depth=1, num_classes=10)
-    >>> x, t, y = torch.randn(2, 4, 8, 8), torch.rand(2), torch.tensor([3, 7])
-    >>> model(x, t, y).shape
-    torch.Size([2, 4, 8, 8])
+    Examples:
+        >>> model = SiT.preset("S/2", middle_depth=1, num_classes=10)
+        >>> x, t, y = torch.randn(2, 4, 8, 8), torch.rand(2), torch.tensor([3, 7])
+        >>> model(x, t, y).shape
+        torch.Size([2, 4, 8, 8])
     """
 
     shares_encoder = True  # forward takes path="both": guidance with the same condition runs the encoder once

@@ -19,12 +19,13 @@ class TokenSubset:
         keep: kept token indices per sample, (B, K), int64, distinct in each row, in [0, num_tokens).
         num_tokens: N, the number of tokens before dropping.
 
-    >>> subset = TokenSubset.from_keep(torch.tensor([[2, 0]]), 3)
-    >>> tokens = torch.tensor([[[10.0], [11.0], [12.0]]])
-    >>> subset.gather(tokens).flatten().tolist()
-    [12.0, 10.0]
-    >>> subset.restore(subset.gather(tokens), torch.zeros(1, 1, 1)).flatten().tolist()
-    [10.0, 0.0, 12.0]
+    Examples:
+        >>> subset = TokenSubset.from_keep(torch.tensor([[2, 0]]), 3)
+        >>> tokens = torch.tensor([[[10.0], [11.0], [12.0]]])
+        >>> subset.gather(tokens).flatten().tolist()
+        [12.0, 10.0]
+        >>> subset.restore(subset.gather(tokens), torch.zeros(1, 1, 1)).flatten().tolist()
+        [10.0, 0.0, 12.0]
     """
 
     keep: Tensor

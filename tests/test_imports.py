@@ -1,0 +1,106 @@
+"""Which module may import which, and what `import sprint` may not import."""
+
+import ast
+import graphlib
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import sprint
+
+SOURCE = Path(sprint.__file__).parent
+# A room may import the rooms beside it, and what those may; leaves hold no room.
+ALLOWED = {
+    "random": set(),
+    "checkpoint": set(),
+    "interpolants": set(),
+    "tokens": set(),
+    "drop": {"random", "tokens"},
+    "fusion": {"random"},
+    "middle": {"fusion", "tokens"},
+    "layers": {"random"},
+    "config": {"fusion"},
+    "reference": {"config"},
+    "sit": {"checkpoint", "config", "fusion", "layers", "middle", "random", "reference", "tokens"},
+    "flow": {"drop", "interpolants", "random", "tokens"},
+    "guidance": {"middle"},
+    "sampling": {"guidance", "interpolants", "random"},
+}
+CORE = {"torch", "einops", "safetensors", "numpy"}
+LAZY = {"xformers", "tqdm"}  # imported inside the function that needs them
+
+
+def imports(path: Path) -> list[tuple[str, bool]]:
+    """Imported modules, and whether they are imported when the file is (not for types only, not in a function)."""
+    found = []
+
+    def visit(node: ast.AST, at_import: bool) -> None:
+        if isinstance(node, ast.FunctionDef) or (isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING"):
+            at_import = False
+        if isinstance(node, ast.ImportFrom):
+            names = [f"sprint.{alias.name}" for alias in node.names] if node.module == "sprint" else [node.module]
+            found.extend((name, at_import) for name in names)
+        elif isinstance(node, ast.Import):
+            found.extend((alias.name, at_import) for alias in node.names)
+        for child in ast.iter_child_nodes(node):
+            visit(child, at_import)
+
+    visit(ast.parse(path.read_text()), True)
+    return found
+
+
+def rooms() -> dict[str, set[str]]:
+    return {
+        path.stem: {name.split(".")[1] for name, at_import in imports(path) if at_import and name.startswith("sprint.")}
+        for path in SOURCE.glob("*.py")
+        if path.stem != "__init__"
+    }
+
+
+def test_rooms_import_only_what_they_may():
+    assert rooms().keys() == ALLOWED.keys()
+    for room, imported in rooms().items():
+        assert imported <= ALLOWED[room], f"{room} imports {imported - ALLOWED[room]}"
+
+
+def test_the_graph_has_no_cycle():
+    order = list(graphlib.TopologicalSorter(ALLOWED).static_order())
+    assert order.index("middle") < order.index("sit")
+    assert order.index("middle") < order.index("guidance")
+
+
+@pytest.mark.parametrize("path", list(SOURCE.glob("*.py")), ids=lambda path: path.stem)
+def test_third_parties_are_the_core_or_lazy(path):
+    for name, at_import in imports(path):
+        top = name.split(".")[0]
+        if top != "sprint" and top not in sys.stdlib_module_names:
+            assert top in CORE if at_import else top in CORE | LAZY, f"{path.name} imports {name}"
+
+
+def test_import_is_light():
+    """In a fresh process: nothing optional is imported, and nothing optional is needed."""
+    optional = ["diffusers", "timm", "xformers", "transformers", "accelerate", "tqdm", "matplotlib", "torchvision"]
+    script = (
+        "import sys\n"
+        f"for name in {optional}: sys.modules[name] = None\n"  # makes importing it raise ImportError
+        "import torch, sprint\n"
+        "model = sprint.SiT.preset('S/2', middle_depth=1, num_classes=10).eval()\n"
+        "noise, y = torch.randn(1, 4, 8, 8), torch.tensor([1])\n"
+        "sprint.FlowMatchingLoss()(model, noise, y=y, drop=sprint.StructuredDrop(0.75))\n"
+        "sprint.sample(model, noise, y=y, guidance=sprint.PathDropGuidance(2.0), steps=1)\n"
+    )
+    run = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
+    assert run.returncode == 0, run.stderr
+
+
+def test_one_version_source():
+    assert re.fullmatch(r"\d+\.\d+\.\d+", sprint.__version__)
+    assert f"## {sprint.__version__}" in (SOURCE.parents[1] / "CHANGELOG.md").read_text()
+
+
+def test_every_public_name_is_there_and_documented():
+    for name in sprint.__all__:
+        assert getattr(sprint, name).__doc__, name
