@@ -115,7 +115,9 @@ class SparseMiddle(nn.Module):
         kept = tokens
         if subset is not None:
             kept = subset.gather(tokens)
-            kwargs |= {name: subset.gather(kwargs[name]) for name in self.tables if kwargs.get(name) is not None}
+            for name in self.tables:
+                if kwargs.get(name) is not None:
+                    kwargs[name] = subset.gather(kwargs[name])
         deep, tapped = run(self.blocks, kept, *args, tap=tap, **kwargs)
         fused = self.fusion(tokens, deep, subset, generator=generator)
         return (fused, tapped) if tap else fused
