@@ -7,11 +7,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from models import TINY
 from safetensors.torch import load_file, save_file
 
 from sprint import SiT, SiTConfig, checkpoint, load_state, save_state
 
-CONFIG = SiTConfig(dim=16, heads=2, encoder_depth=1, middle_depth=2, decoder_depth=1, num_classes=10)
+CONFIG = SiTConfig(**TINY)
 REFERENCE = Path(__file__).parent / "data" / "reference_tiny_repa.safetensors"
 
 
@@ -113,10 +114,10 @@ def test_files_of_another_kind(tmp_path):
 def test_a_checkpoint_of_another_size_leaves_the_model_as_it_was():
     model = SiT(CONFIG)
     before = weights(model)
-    larger = SiT(SiTConfig(dim=32, heads=2, encoder_depth=1, middle_depth=2, decoder_depth=1, num_classes=10))
+    larger = SiT(SiTConfig(**{**TINY, "dim": 32}))
     with pytest.raises(ValueError, match=r"has shape \(32, 16\), expected \(16, 16\).*and \d+ more: build the model with"):
         checkpoint.load_weights(model, larger.state_dict())
-    deeper = SiT(SiTConfig(dim=16, heads=2, encoder_depth=1, middle_depth=3, decoder_depth=1, num_classes=10))
+    deeper = SiT(SiTConfig(**{**TINY, "middle_depth": 3}))
     with pytest.raises(ValueError, match=r"unexpected middle.blocks.2"):
         checkpoint.load_weights(model, deeper.state_dict())
     with pytest.raises(ValueError, match="missing x_embedder.proj.weight"):
@@ -179,8 +180,7 @@ def test_reference_with_tensors_missing_or_too_many():
 
 def test_what_the_reference_layout_cannot_express(tmp_path):
     for options in ({"num_classes": None}, {"sources": "deep"}):
-        fields = {"dim": 16, "heads": 2, "encoder_depth": 1, "middle_depth": 1, "decoder_depth": 1, "num_classes": 10}
-        model = SiT(SiTConfig(**{**fields, **options}))
+        model = SiT(SiTConfig(**{**TINY, **options}))
         with pytest.raises(ValueError, match="use SiT.save"):
             model.to_reference(tmp_path / "out.safetensors")
     assert list(tmp_path.iterdir()) == []

@@ -6,24 +6,15 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from models import tiny
 from torch import nn
 
 import sprint
-from sprint import FlowMatchingLoss, LogNormalTime, ShiftedTime, SiT, SiTConfig, StructuredDrop, UniformTime
+from sprint import FlowMatchingLoss, LogNormalTime, ShiftedTime, StructuredDrop, UniformTime
 from sprint.interpolants import INTERPOLANTS, get_interpolant
 
 interpolants = pytest.mark.parametrize("interpolant", INTERPOLANTS.values(), ids=INTERPOLANTS)
 times = st.floats(0.01, 0.99)
-
-
-def model(**options) -> SiT:
-    torch.manual_seed(0)
-    fields = {"dim": 16, "heads": 2, "encoder_depth": 1, "middle_depth": 2, "decoder_depth": 1, "num_classes": 10}
-    net = SiT(SiTConfig(**{**fields, **options}))
-    with torch.no_grad():
-        for parameter in net.parameters():
-            parameter.add_(torch.randn_like(parameter), alpha=0.1)
-    return net
 
 
 def batch(size: int = 4):
@@ -154,7 +145,7 @@ def test_a_perfect_prediction_has_no_loss(interpolant, prediction):
 
 
 def test_drop_goes_to_the_middle_and_none_means_all_tokens():
-    net, (x0, y) = model().eval(), batch()
+    net, (x0, y) = tiny().eval(), batch()
     shapes = []
     net.middle.blocks[0].register_forward_hook(lambda module, args, output: shapes.append(tuple(output.shape)))
     loss = FlowMatchingLoss()
@@ -164,7 +155,7 @@ def test_drop_goes_to_the_middle_and_none_means_all_tokens():
 
 
 def test_a_generator_decides_every_draw():
-    net, (x0, y) = model(label_drop=0.5, path_drop=0.5).train(), batch(10)
+    net, (x0, y) = tiny(label_drop=0.5, path_drop=0.5).train(), batch(10)
     loss, drop = FlowMatchingLoss(), StructuredDrop(0.75)
     before = torch.get_rng_state()
     one, two, other = (loss(net, x0, y=y, drop=drop, generator=torch.Generator().manual_seed(seed)) for seed in (0, 0, 1))
@@ -187,7 +178,7 @@ def test_wrapped_by_data_parallel():
         def forward(self, *args, **kwargs):
             return self.module(*args, **kwargs)
 
-    net, (x0, y) = model(), batch()
+    net, (x0, y) = tiny(), batch()
     plain, wrapped = (
         FlowMatchingLoss()(m, x0, y=y, drop=StructuredDrop(0.75), generator=torch.Generator().manual_seed(0)).loss
         for m in (net, Wrapper(net))
@@ -197,7 +188,7 @@ def test_wrapped_by_data_parallel():
 
 def test_compiled_models_train():
     torch.compiler.reset()
-    net, (x0, y) = model().eval(), batch()
+    net, (x0, y) = tiny().eval(), batch()
     compiled = torch.compile(net, fullgraph=True, backend="aot_eager")
     plain, fast = (
         FlowMatchingLoss()(m, x0, y=y, drop=StructuredDrop(0.75), t=torch.full((4,), 0.3), noise=-x0).per_sample
@@ -208,7 +199,7 @@ def test_compiled_models_train():
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
 def test_dtypes(dtype):
-    net, (x0, y) = model().to(dtype), batch()
+    net, (x0, y) = tiny().to(dtype), batch()
     out = FlowMatchingLoss()(net, x0.to(dtype), y=y, drop=StructuredDrop(0.75))
     assert out.loss.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
     out.loss.backward()
@@ -218,7 +209,7 @@ def test_dtypes(dtype):
 
 
 def test_a_small_model_learns_a_flat_image():
-    net, y = model(label_drop=0.0), torch.zeros(8, dtype=torch.int64)
+    net, y = tiny(label_drop=0.0), torch.zeros(8, dtype=torch.int64)
     x0 = torch.tensor([1.0, -1.0, 0.5, 0.0]).view(1, 4, 1, 1).expand(8, 4, 8, 8)
     optimizer, loss = torch.optim.Adam(net.parameters(), lr=3e-3), FlowMatchingLoss()
     generator = torch.Generator().manual_seed(0)
@@ -247,7 +238,7 @@ def test_repa_is_minus_the_mean_cosine():
 
 
 def test_repa_compares_kept_tokens_with_their_own_teacher_tokens():
-    net, (x0, y) = model(repa_dim=5, repa_depth=2, repa_hidden=8).eval(), batch()
+    net, (x0, y) = tiny(repa_dim=5, repa_depth=2, repa_hidden=8).eval(), batch()
     teacher = torch.randn(4, 16, 5)
     generator = torch.Generator().manual_seed(0)
     out = FlowMatchingLoss(repa_weight=0.7)(
@@ -270,7 +261,7 @@ def test_repa_compares_kept_tokens_with_their_own_teacher_tokens():
 
 
 def test_repa_sends_gradients_to_the_model_and_none_to_the_teacher():
-    net, (x0, y) = model(repa_dim=5, repa_depth=2, repa_hidden=8), batch()
+    net, (x0, y) = tiny(repa_dim=5, repa_depth=2, repa_hidden=8), batch()
     teacher = torch.randn(4, 16, 5, requires_grad=True)
     FlowMatchingLoss()(net, x0, y=y, drop=StructuredDrop(0.75), repa_target=teacher).loss.backward()
     assert teacher.grad is None
@@ -299,13 +290,13 @@ class Dense(nn.Module):
 )
 def test_bad_input(options, error, message):
     x0, y = batch()
-    arguments = {"model": model(), "x0": x0, "y": y, **options}
+    arguments = {"model": tiny(), "x0": x0, "y": y, **options}
     with pytest.raises(error, match=message):
         FlowMatchingLoss()(arguments.pop("model"), arguments.pop("x0"), **arguments)
 
 
 def test_teacher_features_that_do_not_fit():
-    net, (x0, y) = model(repa_dim=5, repa_depth=2, repa_hidden=8), batch()
+    net, (x0, y) = tiny(repa_dim=5, repa_depth=2, repa_hidden=8), batch()
     for shape, message in (((4, 16, 6), r"\(4, 4, 6\), the model's projected tokens \(4, 4, 5\)"), ((4, 9, 5), "16")):
         with pytest.raises(ValueError, match=message):
             FlowMatchingLoss()(net, x0, y=y, drop=StructuredDrop(0.75), repa_target=torch.zeros(shape))

@@ -4,21 +4,16 @@ import copy
 
 import pytest
 import torch
+from models import tiny
 
 import sprint
 
 pytestmark = pytest.mark.gpu
 
-CONFIG = sprint.SiTConfig(dim=64, heads=4, encoder_depth=1, middle_depth=2, decoder_depth=1, num_classes=10)
-
 
 @pytest.fixture
 def model() -> sprint.SiT:
-    torch.manual_seed(0)
-    model = sprint.SiT(CONFIG)
-    for parameter in model.parameters():
-        torch.nn.init.normal_(parameter, std=0.05)
-    return model
+    return tiny()
 
 
 def test_sparse_training_step_never_waits_for_the_device(model):

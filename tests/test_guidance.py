@@ -4,27 +4,18 @@ from functools import partial
 
 import pytest
 import torch
+from models import tiny
 from torch import nn
 
-from sprint import ClassifierFreeGuidance, PathDropGuidance, SiT, SiTConfig, SparseDenseResidual, SparseMiddle
+from sprint import ClassifierFreeGuidance, PathDropGuidance, SiT, SparseDenseResidual, SparseMiddle
 from sprint.guidance import guide
 
 BOTH = pytest.mark.parametrize("guidance", [ClassifierFreeGuidance, PathDropGuidance])
 
 
-def tiny(**options) -> SiT:
-    torch.manual_seed(0)
-    fields = {"dim": 16, "heads": 2, "encoder_depth": 2, "middle_depth": 3, "decoder_depth": 2, "num_classes": 10}
-    net = SiT(SiTConfig(**{**fields, **options}))
-    with torch.no_grad():
-        for parameter in net.parameters():
-            parameter.add_(torch.randn_like(parameter), alpha=0.1)
-    return net.eval()
-
-
 @pytest.fixture
 def model() -> SiT:
-    return tiny()
+    return tiny(encoder_depth=2, middle_depth=3, decoder_depth=2).eval()
 
 
 X, Y = torch.randn(2, 4, 8, 8, generator=torch.Generator().manual_seed(0)), torch.tensor([1, 2])
@@ -101,18 +92,18 @@ def test_null_condition_is_the_models_or_yours(model, guidance):
     assert guidance(3.0, null=torch.tensor([10, 10]))(model, X, 0.5, Y).equal(default)
     assert guidance(3.0, null=torch.tensor([10]))(model, X, 0.5, Y).equal(default)
     assert not guidance(3.0, null=torch.tensor([3]))(model, X, 0.5, Y).equal(default)
-    assert guidance(3.0)(tiny(num_classes=5), X, 0.5, Y).shape == X.shape  # another number of classes
+    assert guidance(3.0)(tiny(num_classes=5).eval(), X, 0.5, Y).shape == X.shape  # another number of classes
 
 
 @torch.no_grad()
 def test_vector_conditions():
-    model, y = tiny(num_classes=None, cond_dim=6), torch.randn(2, 6)
+    model, y = tiny(num_classes=None, cond_dim=6).eval(), torch.randn(2, 6)
     weak = model(X, T, model.null_condition(2), path="shallow")
     torch.testing.assert_close(PathDropGuidance(3.0)(model, X, 0.5, y), weak + 3 * (model(X, T, y) - weak))
 
 
 def test_same_condition_needs_no_condition_at_all():
-    model = tiny(num_classes=None)
+    model = tiny(num_classes=None).eval()
     strong, weak = model(X, T, path="both")
     torch.testing.assert_close(PathDropGuidance(2.0, weak="same")(model, X, 0.5, None), weak + 2 * (strong - weak))
 

@@ -7,11 +7,12 @@ import pytest
 import reference
 import torch
 import torch.nn.functional as F
+from models import TINY
 
 from sprint import SiT, SiTConfig
 from sprint.layers import Block, LabelEmbedder, PatchEmbedder, RMSNorm, VectorEmbedder, attention, axial_rope, rotate
 
-CONFIG = SiTConfig(dim=16, heads=2, encoder_depth=1, middle_depth=1, decoder_depth=1, num_classes=10)
+CONFIG = SiTConfig(**TINY)
 
 
 def test_rotary_positions_equal_the_loops():
@@ -122,7 +123,7 @@ def test_xformers_gets_its_own_layout(monkeypatch):
     model, arguments = SiT(CONFIG).eval(), (torch.randn(1, 4, 4, 4), torch.rand(1), torch.tensor([1]))
     expected = model(*arguments)
     torch.testing.assert_close(model.set_attention("xformers")(*arguments), expected)
-    assert len(calls) == 4  # each of the three blocks went through it
+    assert len(calls) == 5  # each of the four blocks went through it
 
 
 def test_attention_back_ends_that_are_not_there(monkeypatch):

@@ -5,9 +5,10 @@ import math
 
 import pytest
 import torch
+from models import tiny
 
 import sprint
-from sprint import ClassifierFreeGuidance, EulerMaruyama, PathDropGuidance, SiT, SiTConfig
+from sprint import ClassifierFreeGuidance, EulerMaruyama, PathDropGuidance
 from sprint.interpolants import INTERPOLANTS
 from sprint.sampling import SOLVERS
 
@@ -25,16 +26,6 @@ def gaussian_velocity(interpolant):
         return a_dot * MEAN + (a * a_dot * STD**2 + s * s_dot) / variance * (x - a * MEAN)
 
     return velocity, lambda noise: MEAN + STD * noise
-
-
-def tiny(**options) -> SiT:
-    torch.manual_seed(0)
-    fields = {"dim": 16, "heads": 2, "encoder_depth": 1, "middle_depth": 2, "decoder_depth": 1, "num_classes": 10}
-    model = SiT(SiTConfig(**{**fields, **options}))
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.add_(torch.randn_like(parameter), alpha=0.1)
-    return model.eval()
 
 
 NOISE, Y = torch.randn(2, 4, 8, 8, generator=torch.Generator().manual_seed(0)), torch.tensor([1, 2])
@@ -126,7 +117,7 @@ def test_calls_per_solver(solver, calls):
 
 
 def test_middle_blocks_that_path_drop_guidance_skips():
-    model, counts = tiny(), [0, 0]
+    model, counts = tiny().eval(), [0, 0]
 
     def count(place):
         counts[place] += 1
@@ -146,11 +137,11 @@ def test_middle_blocks_that_path_drop_guidance_skips():
 
 
 def test_state_is_float64_and_the_model_sees_its_own_dtype():
-    model = tiny().bfloat16()
+    model = tiny().eval().bfloat16()
     states = list(sprint.trajectory(model, NOISE.bfloat16(), y=Y, steps=2))
     assert [state.x.dtype for state in states] == [torch.float64] * 3
     assert sprint.sample(model, NOISE.bfloat16(), y=Y, steps=2).dtype == torch.bfloat16
-    (*_, last) = sprint.trajectory(tiny(), NOISE, y=Y, steps=2, state_dtype=torch.float32)
+    (*_, last) = sprint.trajectory(tiny().eval(), NOISE, y=Y, steps=2, state_dtype=torch.float32)
     assert last.x.dtype == torch.float32
 
 
@@ -176,7 +167,7 @@ def test_states_on_the_way():
 
 
 def test_gradients_are_off_in_the_step_and_untouched_around_it():
-    model = tiny()
+    model = tiny().eval()
     for _ in sprint.trajectory(model, NOISE, y=Y, steps=2):
         assert torch.is_grad_enabled()
     assert not sprint.sample(model, NOISE.clone().requires_grad_(), y=Y, steps=2).requires_grad
@@ -212,7 +203,7 @@ def test_grids():
 
 def test_compiled_models_sample_the_same():
     torch.compiler.reset()
-    model = tiny()
+    model = tiny().eval()
     compiled = torch.compile(model, backend="aot_eager")
     options = {"y": Y, "guidance": PathDropGuidance(3.0), "steps": 3}
     torch.testing.assert_close(
@@ -250,7 +241,7 @@ def test_progress_bar_counts_steps(capsys):
 def test_bad_input(options, error, message):
     arguments = {"noise": NOISE, "y": Y, **options}
     with pytest.raises(error, match=message):
-        sprint.sample(tiny(), **arguments)
+        sprint.sample(tiny().eval(), **arguments)
 
 
 def test_bad_input_is_named_before_the_first_step():
@@ -260,7 +251,7 @@ def test_bad_input_is_named_before_the_first_step():
 
 def test_models_in_training_mode_are_refused():
     with pytest.raises(ValueError, match=r"training mode.*call model.eval\(\) first"):
-        sprint.sample(tiny().train(), NOISE, y=Y)
+        sprint.sample(tiny(), NOISE, y=Y)
 
 
 @pytest.mark.parametrize("last", [0.0, 1.0])

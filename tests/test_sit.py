@@ -3,35 +3,16 @@
 import pytest
 import reference
 import torch
+from models import TINY, tiny
 from torch._dynamo.testing import CompileCounterWithBackend
 
 from sprint import PathDropGuidance, RandomDrop, SiT, SiTConfig, StructuredDrop, TokenSubset
 from sprint.config import PRESETS
 
-TINY = {
-    "dim": 16,
-    "heads": 2,
-    "encoder_depth": 1,
-    "middle_depth": 2,
-    "decoder_depth": 1,
-    "in_channels": 3,
-    "num_classes": 10,
-}
-
-
-def tiny(**options) -> SiT:
-    """A model whose every parameter matters (a fresh one is zero at its gates and its output)."""
-    torch.manual_seed(0)
-    model = SiT(SiTConfig(**{**TINY, **options}))
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.add_(torch.randn_like(parameter), alpha=0.1)
-    return model
-
 
 def inputs(batch: int = 2, *, size: tuple[int, int] = (8, 8), dtype=torch.float32):
     torch.manual_seed(1)
-    return torch.randn(batch, 3, *size, dtype=dtype), torch.rand(batch, dtype=dtype), torch.arange(batch)
+    return torch.randn(batch, 4, *size, dtype=dtype), torch.rand(batch, dtype=dtype), torch.arange(batch)
 
 
 # sizes
@@ -275,11 +256,11 @@ def test_bf16_weights():
 @pytest.mark.parametrize(
     ("change", "error", "message"),
     [
-        ({"x": torch.zeros(2, 3, 8)}, ValueError, r"x must be \(B, 3, H, W\).*got \(2, 3, 8\)"),
-        ({"x": torch.zeros(2, 4, 8, 8)}, ValueError, r"x must be \(B, 3, H, W\).*got \(2, 4, 8, 8\)"),
-        ({"x": torch.zeros(2, 3, 8, 7)}, ValueError, "divisible by the patch size 2"),
-        ({"x": torch.zeros(2, 3, 8, 8).double()}, TypeError, "x is torch.float64, the model torch.float32: convert"),
-        ({"x": torch.zeros(2, 3, 8, 8, device="meta")}, ValueError, "x is on meta, the model on cpu"),
+        ({"x": torch.zeros(2, 3, 8)}, ValueError, r"x must be \(B, 4, H, W\).*got \(2, 3, 8\)"),
+        ({"x": torch.zeros(2, 3, 8, 8)}, ValueError, r"x must be \(B, 4, H, W\).*got \(2, 3, 8, 8\)"),
+        ({"x": torch.zeros(2, 4, 8, 7)}, ValueError, "divisible by the patch size 2"),
+        ({"x": torch.zeros(2, 4, 8, 8).double()}, TypeError, "x is torch.float64, the model torch.float32: convert"),
+        ({"x": torch.zeros(2, 4, 8, 8, device="meta")}, ValueError, "x is on meta, the model on cpu"),
         ({"t": torch.zeros(3)}, ValueError, r"t must be \(2,\).*got \(3,\)"),
         ({"t": torch.tensor(0.5)}, ValueError, r"t must be \(2,\).*got \(\)"),
         ({"t": torch.zeros(2, dtype=torch.int64)}, ValueError, "floating point, got .* torch.int64"),
