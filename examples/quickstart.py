@@ -74,7 +74,7 @@ def train(steps: int, seed: int, out: Path, device: str) -> torch.nn.Module:
         average.update_parameters(model)
         if step % 10 == 9:
             bar.set_description(f"{'sparse' if sparse else 'dense'} loss {result.loss.item():.3f}")
-        if step % 50 == 49 or step == steps - 1:  # written atomically: interrupted, the run goes on from here
+        if step % 25 == 24 or step == steps - 1:  # written atomically: interrupted, the run goes on from here
             states = {name: part.state_dict() for name, part in parts.items()}
             sprint.save_state(file, {"run": run, "step": step + 1, **states})
     return average.module.eval()

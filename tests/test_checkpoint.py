@@ -93,6 +93,8 @@ def test_missing_files(tmp_path):
     for load in (SiT.load, SiT.from_reference, load_state):
         with pytest.raises(FileNotFoundError, match="there is no checkpoint at"):
             load(tmp_path / "none.safetensors")
+    with pytest.raises(ValueError, match="it is a folder, add a file name"):
+        SiT(CONFIG).save(tmp_path)
     with pytest.raises(ValueError, match="the folder .*none does not exist, create it first"):
         SiT(CONFIG).save(tmp_path / "none" / "model.safetensors")
 

@@ -139,6 +139,12 @@ def test_ratio_out_of_range(drop, ratio):
         drop(ratio)
 
 
+@pytest.mark.parametrize("drop", [RandomDrop, StructuredDrop])
+def test_ratio_of_another_type(drop):
+    with pytest.raises(TypeError, match="ratio must be a number.*got str"):
+        drop("0.75")
+
+
 def test_unreachable_ratios_name_their_neighbours():
     with pytest.raises(ValueError, match=r"share of 0.7: the nearest that can be reached: 0.6875 and 0.75"):
         StructuredDrop(0.7).sample(1, (4, 4))
@@ -156,11 +162,11 @@ def test_unreachable_ratios_name_their_neighbours():
         (lambda: StructuredDrop(group=(2, 2)), "give either a ratio"),
         (lambda: StructuredDrop(0.5, keep=2), "give either a ratio"),
         (lambda: StructuredDrop(group=(2, 2), keep=5), "keep must be 1 to 4 for a group of 2x2, got 5"),
-        (lambda: StructuredDrop(group=(2, 0), keep=1), r"group must be 1 to 3 positive sides.*got \(2, 0\)"),
+        (lambda: StructuredDrop(group=(2, 0), keep=1), r"group must be 1 to 3 positive whole sides.*got \(2, 0\)"),
         (lambda: StructuredDrop(group=(2, 2), keep=1).sample(1, (4, 5)), "4x5 tokens is not divisible .* 2x2"),
         (lambda: StructuredDrop(group=(2, 2), keep=1).sample(1, (2, 4, 4)), "2x4x4 tokens is not divisible .* 2x2"),
-        (lambda: StructuredDrop(0.75).sample(1, ()), r"grid must be 1 to 3 positive sides.*got \(\)"),
-        (lambda: RandomDrop(0.75).sample(1, (0, 4)), r"grid must be 1 to 3 positive sides.*got \(0, 4\)"),
+        (lambda: StructuredDrop(0.75).sample(1, ()), r"grid must be 1 to 3 positive whole sides.*got \(\)"),
+        (lambda: RandomDrop(0.75).sample(1, (0, 4)), r"grid must be 1 to 3 positive whole sides.*got \(0, 4\)"),
     ],
 )
 def test_what_does_not_fit(make, message):

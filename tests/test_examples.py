@@ -39,7 +39,7 @@ def test_quickstart_resumes_where_it_was(tmp_path, monkeypatch):
     with pytest.raises(KeyboardInterrupt):
         train(60, 0, tmp_path / "halves", "cpu")
     monkeypatch.undo()
-    assert sprint.load_state(tmp_path / "halves" / "run.safetensors")["step"] == 50
+    assert sprint.load_state(tmp_path / "halves" / "run.safetensors")["step"] == 25
     resumed = train(60, 0, tmp_path / "halves", "cpu")
     for (name, expected), actual in zip(whole.named_parameters(), resumed.parameters(), strict=True):
         torch.testing.assert_close(actual, expected, rtol=0, atol=0, msg=f"{name} differs after resuming")

@@ -280,6 +280,8 @@ class Dense(nn.Module):
     ("options", "error", "message"),
     [
         ({"x0": torch.zeros(4, 4, 8, 8, dtype=torch.uint8)}, TypeError, "x0 must be floating point, got torch.uint8"),
+        ({"drop": 0.75}, TypeError, r"a drop sampler such as StructuredDrop\(0.75\), got 0.75"),
+        ({"model": Dense(), "repa_target": torch.zeros(4, 16, 5)}, ValueError, "Dense returns no projected tokens"),
         ({"t": torch.tensor(0.5)}, ValueError, r"t must be \(4,\), one time per sample, got \(\)"),
         ({"noise": torch.zeros(1, 4, 8, 8)}, ValueError, r"noise must be \(4, 4, 8, 8\) like x0, got \(1, 4, 8, 8\)"),
         ({"model": Dense(), "drop": StructuredDrop(0.75)}, ValueError, "Dense has no token_grid, so it cannot drop"),

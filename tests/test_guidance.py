@@ -140,6 +140,13 @@ def test_compiled_models(model):
 
 
 @BOTH
+@pytest.mark.parametrize("scale", [float("nan"), float("inf")])
+def test_bad_scales(guidance, scale):
+    with pytest.raises(ValueError, match="scale must be a finite number, 1 for off"):
+        guidance(scale)
+
+
+@BOTH
 @pytest.mark.parametrize("interval", [(-0.1, 0.5), (0.8, 0.3), (0.5, 1.1), (0.5,)])
 def test_bad_intervals(guidance, interval):
     with pytest.raises(ValueError, match=r"interval must be \(low, high\) with 0 <= low <= high <= 1 \(0 data, 1 noise\)"):

@@ -225,7 +225,9 @@ def test_progress_bar_counts_steps(capsys):
     ("options", "error", "message"),
     [
         ({"solver": "rk4"}, ValueError, "unknown solver 'rk4': choose one of euler, heun, sde, or pass a Solver"),
-        ({"steps": 0}, ValueError, "steps must be at least 1, got 0"),
+        ({"steps": 0}, ValueError, "steps must be a whole number, at least 1, got 0"),
+        ({"steps": 2.5}, ValueError, "steps must be a whole number, at least 1, got 2.5"),
+        ({"guidance": 3.0}, TypeError, r"must be one like ClassifierFreeGuidance\(3.0\), got 3.0"),
         ({"solver": "sde", "steps": 1}, ValueError, "SDE solver needs at least 2 steps, got 1"),
         ({"interpolant": "vp"}, ValueError, "unknown interpolant 'vp'"),
         ({"prediction": "eps"}, ValueError, "unknown prediction 'eps'"),

@@ -209,7 +209,7 @@ def test_compiles_whole_and_once_per_path(path):
     for seed in range(3):
         generator = torch.Generator().manual_seed(seed)
         subset = StructuredDrop(0.75).sample(2, (4, 4), generator=generator) if path == "sparse" else None
-        actual, expected = (net(x, t + seed / 10, y, path=path, subset=subset) for net in (compiled, model))
+        actual, expected = (net(x, 0.7 * t + seed / 10, y, path=path, subset=subset) for net in (compiled, model))
         torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-5)  # float32
         gradients = [torch.autograd.grad(v.square().mean(), model.x_embedder.proj.weight)[0] for v in (actual, expected)]
         torch.testing.assert_close(*gradients, rtol=1e-3, atol=1e-5)
@@ -250,6 +250,15 @@ def test_bf16_weights():
     assert ((actual.float() - expected).norm() / expected.norm()).item() < 0.05
 
 
+def test_compiles_for_any_batch_in_training():
+    """With a symbolic batch, as torch.compile makes it at the second size; random draws included."""
+    torch.compiler.reset()
+    compiled = torch.compile(tiny().train(), fullgraph=True, backend="aot_eager")
+    for batch in (2, 3, 5):
+        x, t, y = inputs(batch)
+        assert compiled(x, t, y, subset=StructuredDrop(0.75).sample(batch, (4, 4))).shape == x.shape
+
+
 # bad input
 
 
@@ -264,6 +273,9 @@ def test_bf16_weights():
         ({"t": torch.zeros(3)}, ValueError, r"t must be \(2,\).*got \(3,\)"),
         ({"t": torch.tensor(0.5)}, ValueError, r"t must be \(2,\).*got \(\)"),
         ({"t": torch.zeros(2, dtype=torch.int64)}, ValueError, "floating point, got .* torch.int64"),
+        ({"t": torch.tensor([0.5, 500.0])}, ValueError, "times from 0.5 to 500, expected 0 \\(data\\) to 1 \\(noise\\)"),
+        ({"subset": torch.tensor([[0], [1]])}, TypeError, "must be a TokenSubset, got Tensor: TokenSubset.from_keep"),
+        ({"y": [1, 2]}, TypeError, r"y must be a tensor, got list: torch.tensor\(y\)"),
         ({"y": None}, ValueError, "y is missing: pass class ids or vectors, or model.null_condition"),
         ({"y": torch.tensor([1])}, ValueError, r"y must be \(2,\) int64 class ids, got \(1,\)"),
         ({"y": torch.tensor([1.0, 2.0])}, ValueError, "int64 class ids, got .* torch.float32"),

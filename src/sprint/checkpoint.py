@@ -31,6 +31,8 @@ def write_tensors(path: PathLike, tensors: Mapping[str, Tensor], metadata: Mappi
         metadata: text by name.
     """
     target = Path(path)
+    if target.is_dir():
+        raise ValueError(f"cannot write {target}: it is a folder, add a file name")
     if not target.parent.is_dir():
         raise ValueError(f"cannot write {target}: the folder {target.parent} does not exist, create it first")
     handle, temporary = tempfile.mkstemp(prefix=f".{target.name}.", suffix=".tmp", dir=target.parent)

@@ -75,6 +75,8 @@ class SiTConfig:
     def __post_init__(self) -> None:
         for name in ("dim", "heads", "patch_size", "in_channels", "num_classes", "cond_dim", "repa_dim", "repa_hidden"):
             value = getattr(self, name)
+            if value is not None and not isinstance(value, int):
+                raise TypeError(f"{name} must be an integer, got {value!r}")
             if value is not None and value < 1:
                 raise ValueError(f"{name} must be at least 1, got {value}")
         for name in ("encoder_depth", "middle_depth", "decoder_depth"):

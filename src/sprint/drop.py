@@ -135,7 +135,7 @@ class StructuredDrop:
             _check_ratio(ratio)
         if group is not None and keep is not None:
             _check_grid(group, name="group")
-            if not 1 <= keep <= math.prod(group):
+            if isinstance(keep, float) or not 1 <= keep <= math.prod(group):
                 raise ValueError(f"keep must be 1 to {math.prod(group)} for a group of {_times(group)}, got {keep}")
         # Frozen: fields are set once, here, because the shape of the arguments is checked before they are stored.
         for name, value in (
@@ -228,14 +228,16 @@ def _unreachable(ratio: float, grid: Sequence[int], reachable: set[float]) -> st
 
 
 def _check_ratio(ratio: float) -> None:
+    if not isinstance(ratio, float | int):
+        raise TypeError(f"ratio must be a number, the share of tokens dropped, got {type(ratio).__name__}")
     if not 0 <= ratio < 1:
         raise ValueError(f"ratio is the share of tokens dropped, in [0, 1), got {ratio}: 0.75 keeps a quarter")
 
 
 def _check_grid(grid: Sequence[int], *, name: str = "grid") -> None:
-    if not 1 <= len(grid) <= 3 or any(side < 1 for side in grid):
+    if not 1 <= len(grid) <= 3 or any(isinstance(side, float) or side < 1 for side in grid):
         raise ValueError(
-            f"{name} must be 1 to 3 positive sides, (rows, columns) or (frames, rows, columns), got {tuple(grid)}"
+            f"{name} must be 1 to 3 positive whole sides, (rows, columns) or (frames, rows, columns), got {tuple(grid)}"
         )
 
 

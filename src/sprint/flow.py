@@ -172,14 +172,9 @@ class FlowMatchingLoss:
             ValueError: shapes that do not fit, or a drop sampler for a model without a token grid.
             TypeError: x0 is not floating point.
         """
-        if not x0.is_floating_point():
-            raise TypeError(f"x0 must be floating point, got {x0.dtype}: scale images to [-1, 1] first")
         host = getattr(model, "module", model)  # a DDP wrapper keeps the model there
         ours = hasattr(host, "token_grid")
-        if drop is not None and not ours:
-            raise ValueError(
-                f"drop was given, but {type(host).__name__} has no token_grid, so it cannot drop tokens: use sprint.SiT"
-            )
+        _check_call(x0, drop, repa_target, host=type(host).__name__, ours=ours)
         if t is None:
             t = self.time(len(x0), self.interpolant, device=x0.device, generator=generator)
         elif t.shape != x0.shape[:1]:
@@ -213,6 +208,17 @@ class FlowMatchingLoss:
             repa = repa_loss(output.repa, seen)
             loss = loss + self.repa_weight * repa
         return LossOutput(loss, error.detach(), t, None if repa is None else repa.detach(), subset)
+
+
+def _check_call(x0: Tensor, drop: Any, repa_target: Tensor | None, *, host: str, ours: bool) -> None:
+    if not x0.is_floating_point():
+        raise TypeError(f"x0 must be floating point, got {x0.dtype}: scale images to [-1, 1] first")
+    if drop is not None and not hasattr(drop, "sample"):
+        raise TypeError(f"drop must be a drop sampler such as StructuredDrop(0.75), got {drop!r}")
+    if drop is not None and not ours:
+        raise ValueError(f"drop was given, but {host} has no token_grid, so it cannot drop tokens: use sprint.SiT")
+    if repa_target is not None and not ours:
+        raise ValueError(f"repa_target was given, but {host} returns no projected tokens: use sprint.SiT with repa_dim")
 
 
 def repa_loss(features: Tensor, target: Tensor) -> Tensor:

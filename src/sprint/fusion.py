@@ -103,6 +103,13 @@ class SparseDenseResidual(nn.Module):
         """
         if shallow.ndim != 3 or shallow.shape[-1] != self.dim:
             raise ValueError(f"shallow tokens must be (B, N, {self.dim}), got {tuple(shallow.shape)}")
+        if shallow.dtype != self.proj.weight.dtype and not torch.is_autocast_enabled(shallow.device.type):
+            raise TypeError(
+                f"shallow tokens are {shallow.dtype}, the fusion {self.proj.weight.dtype}: "
+                "convert one with .to(dtype), or use torch.autocast"
+            )
+        if deep is not None and deep.shape[-1] != self.dim:
+            raise ValueError(f"deep tokens must be (B, K, {self.dim}), got {tuple(deep.shape)}")
         if deep is not None and subset is None and deep.shape != shallow.shape:
             raise ValueError(
                 f"without a subset deep tokens must be {tuple(shallow.shape)} like the shallow ones, got "

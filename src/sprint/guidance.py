@@ -9,6 +9,7 @@ A guidance is called as `guidance(model, x, t, y)` and returns what the model pr
 may be applied to predictions of v, x or noise and to drifts alike: all of them are affine in each other at one (x, t).
 """
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal, Protocol
@@ -60,6 +61,7 @@ class ClassifierFreeGuidance:
     null: Any = None
 
     def __post_init__(self) -> None:
+        _check_scale(self.scale)
         _check_interval(self.interval)
 
     def __call__(self, model: Callable[..., Any], x: Tensor, t: float, y: Any) -> Tensor:
@@ -93,6 +95,7 @@ class PathDropGuidance:
     null: Any = None
 
     def __post_init__(self) -> None:
+        _check_scale(self.scale)
         _check_interval(self.interval)
         if self.weak not in ("null", "same"):
             raise ValueError(f"weak must be 'null' or 'same', got {self.weak!r}")
@@ -150,6 +153,11 @@ def _middle(model: Any) -> SparseMiddle:
             "use ClassifierFreeGuidance for a model without a shallow path"
         )
     return found[0]
+
+
+def _check_scale(scale: float) -> None:
+    if not math.isfinite(scale):
+        raise ValueError(f"scale must be a finite number, 1 for off, got {scale}")
 
 
 def _check_interval(interval: tuple[float, float]) -> None:

@@ -124,6 +124,10 @@ class SparseMiddle(nn.Module):
 
 
 def _resolve(path: Path | None, subset: TokenSubset | None) -> Path:
+    if subset is not None and not isinstance(subset, TokenSubset):
+        raise TypeError(
+            f"subset must be a TokenSubset, got {type(subset).__name__}: TokenSubset.from_keep(indices, num_tokens)"
+        )
     if path is None:
         return "full" if subset is None else "sparse"
     if path not in get_args(Path):

@@ -26,8 +26,9 @@ def uniform(
         >>> uniform((2,), generator=torch.Generator().manual_seed(0))
         tensor([0.4963, 0.7682])
     """
-    source = device if generator is None else generator.device
-    return torch.rand(*shape, device=source, dtype=dtype, generator=generator).to(device)
+    if generator is None:  # not passed on as None: torch.compile with dynamic shapes cannot trace that
+        return torch.rand(*shape, device=device, dtype=dtype)
+    return torch.rand(*shape, device=generator.device, dtype=dtype, generator=generator).to(device)
 
 
 def normal(
@@ -43,5 +44,6 @@ def normal(
         >>> normal((2,), generator=torch.Generator().manual_seed(0))
         tensor([ 1.5410, -0.2934])
     """
-    source = device if generator is None else generator.device
-    return torch.randn(*shape, device=source, dtype=dtype, generator=generator).to(device)
+    if generator is None:
+        return torch.randn(*shape, device=device, dtype=dtype)
+    return torch.randn(*shape, device=generator.device, dtype=dtype, generator=generator).to(device)

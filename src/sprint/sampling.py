@@ -163,8 +163,10 @@ def trajectory(
     """
     if isinstance(solver, str) and solver not in SOLVERS:
         raise ValueError(f"unknown solver {solver!r}: choose one of {', '.join(SOLVERS)}, or pass a Solver")
-    if steps < 1:
-        raise ValueError(f"steps must be at least 1, got {steps}")
+    if isinstance(steps, float) or steps < 1:
+        raise ValueError(f"steps must be a whole number, at least 1, got {steps}")
+    if guidance is not None and not callable(guidance):
+        raise TypeError(f"guidance must be one like ClassifierFreeGuidance({guidance!r}), got {guidance!r}")
     if not noise.is_floating_point():
         raise TypeError(f"noise must be floating point, got {noise.dtype}: draw it with torch.randn")
     if isinstance(y, Tensor) and len(y) != len(noise):

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from sprint import checkpoint, reference
 from sprint.config import PRESETS, SiTConfig
 from sprint.fusion import SparseDenseResidual
+from sprint.inputs import check_classes, check_inputs
 from sprint.layers import (
     Attention,
     AttentionBackend,
@@ -154,7 +155,7 @@ class SiT(nn.Module):
                 since reading them here would stall the device).
             TypeError: dtypes that do not fit.
         """
-        self._check(x, t, y)
+        check_inputs(self.config, x, t, y, like=self.x_embedder.proj.weight)
         c = self.config
         grid = self.token_grid(x)
         rope = axial_rope(grid, c.dim // c.heads, device=x.device)
@@ -205,14 +206,7 @@ class SiT(nn.Module):
 
     def check_condition(self, y: Tensor) -> None:
         """Raise ValueError for class ids out of range, on any device (this waits for the device)."""
-        if self.config.num_classes is None or y.numel() == 0:
-            return
-        low, high = int(y.min()), int(y.max())
-        if low < 0 or high > self.config.num_classes:
-            raise ValueError(
-                f"y holds class ids from {low} to {high}, expected 0 to {self.config.num_classes - 1} "
-                f"(or {self.config.num_classes}, the null class)"
-            )
+        check_classes(self.config, y)
 
     def set_attention(self, backend: AttentionBackend) -> "SiT":
         """Choose the attention kernel of all blocks, "sdpa" or "xformers"; returns self.
@@ -312,37 +306,3 @@ class SiT(nn.Module):
                 "the REPA head's depth is unknown (the checkpoint does not say): pass from_reference(..., repa_depth=…)"
             )
         return self.config.repa_depth
-
-    def _check(self, x: Tensor, t: Tensor, y: Tensor | None) -> None:
-        c, weight = self.config, self.x_embedder.proj.weight
-        if x.ndim != 4 or x.shape[1] != c.in_channels or x.shape[2] % c.patch_size or x.shape[3] % c.patch_size:
-            raise ValueError(
-                f"x must be (B, {c.in_channels}, H, W) with H and W divisible by the patch size {c.patch_size}, "
-                f"got {tuple(x.shape)}"
-            )
-        if t.shape != x.shape[:1] or not t.is_floating_point():
-            raise ValueError(
-                f"t must be ({len(x)},) and floating point, got {tuple(t.shape)} {t.dtype}: one time per sample"
-            )
-        if (y is None) != (self.y_embedder is None):
-            raise ValueError(
-                "this model has no condition: leave y out"
-                if y is not None
-                else "y is missing: pass class ids or vectors, or model.null_condition(batch)"
-            )
-        if y is not None and c.num_classes is not None and (y.shape != x.shape[:1] or y.dtype != torch.int64):
-            raise ValueError(f"y must be ({len(x)},) int64 class ids, got {tuple(y.shape)} {y.dtype}")
-        if y is not None and c.cond_dim is not None and (y.shape != (len(x), c.cond_dim) or not y.is_floating_point()):
-            raise ValueError(f"y must be ({len(x)}, {c.cond_dim}) floating point, got {tuple(y.shape)} {y.dtype}")
-        for name, tensor in (("x", x), ("t", t), ("y", y)):
-            if tensor is not None and tensor.device != weight.device:
-                raise ValueError(f"{name} is on {tensor.device}, the model on {weight.device}: move one with .to(device)")
-        if not torch.is_autocast_enabled(x.device.type):
-            for name, tensor in (("x", x), ("y", y)):
-                if tensor is not None and tensor.is_floating_point() and tensor.dtype != weight.dtype:
-                    raise TypeError(
-                        f"{name} is {tensor.dtype}, the model {weight.dtype}: "
-                        "convert one with .to(dtype), or use torch.autocast"
-                    )
-        if y is not None and y.device.type == "cpu" and not torch.compiler.is_compiling():
-            self.check_condition(y)
