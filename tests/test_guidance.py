@@ -158,9 +158,9 @@ def test_what_cannot_be_guided(model):
         ClassifierFreeGuidance(2.0)(model, X, 0.5, None)
     with pytest.raises(ValueError, match=r"function has no null_condition\(batch\): pass null="):
         ClassifierFreeGuidance(2.0)(lambda x, t, y: x, X, 0.5, Y)
-    with pytest.raises(ValueError, match="a model with one SparseMiddle, Linear has 0: use ClassifierFreeGuidance"):
+    with pytest.raises(ValueError, match="one SparseMiddle, or a wrapped one, Linear has 0: use ClassifierFreeGuidance"):
         PathDropGuidance(2.0)(nn.Linear(1, 1), X, 0.5, Y)
-    with pytest.raises(ValueError, match="a model with one SparseMiddle, function has 0"):
+    with pytest.raises(ValueError, match="one SparseMiddle, or a wrapped one, function has 0"):
         PathDropGuidance(2.0)(lambda x, t, y: x, X, 0.5, Y)
     with pytest.raises(ValueError, match="weak must be 'null' or 'same', got 'none'"):
         PathDropGuidance(2.0, weak="none")

@@ -9,8 +9,9 @@ from sprint.checkpoint import load_state, save_state
 from sprint.config import SiTConfig
 from sprint.drop import Drop, RandomDrop, StructuredDrop
 from sprint.flow import FlowMatchingLoss, LogNormalTime, LossOutput, ShiftedTime, UniformTime, repa_loss
-from sprint.fusion import SparseDenseResidual
+from sprint.fusion import MaskRestore, SparseDenseResidual, TokenRouting
 from sprint.guidance import ClassifierFreeGuidance, PathDropGuidance
+from sprint.hosts import Blocks, Host, Report, Table, check, path, register, registered, unwrap, wrap
 from sprint.interpolants import CosineInterpolant, Interpolant, LinearInterpolant
 from sprint.middle import SparseMiddle
 from sprint.sampling import Euler, EulerMaruyama, Heun, State, sample, trajectory
@@ -20,6 +21,7 @@ from sprint.tokens import TokenSubset
 __version__ = "0.1.0"
 
 __all__ = [
+    "Blocks",
     "ClassifierFreeGuidance",
     "CosineInterpolant",
     "Drop",
@@ -27,12 +29,15 @@ __all__ = [
     "EulerMaruyama",
     "FlowMatchingLoss",
     "Heun",
+    "Host",
     "Interpolant",
     "LinearInterpolant",
     "LogNormalTime",
     "LossOutput",
+    "MaskRestore",
     "PathDropGuidance",
     "RandomDrop",
+    "Report",
     "ShiftedTime",
     "SiT",
     "SiTConfig",
@@ -40,11 +45,19 @@ __all__ = [
     "SparseMiddle",
     "State",
     "StructuredDrop",
+    "Table",
+    "TokenRouting",
     "TokenSubset",
     "UniformTime",
+    "check",
     "load_state",
+    "path",
+    "register",
+    "registered",
     "repa_loss",
     "sample",
     "save_state",
     "trajectory",
+    "unwrap",
+    "wrap",
 ]

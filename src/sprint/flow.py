@@ -5,6 +5,7 @@
 The log-normal time is EDM's noise level, σ/α = exp(N(0, 1)) (arXiv 2206.00364), as SPRINT (arXiv 2510.21986) trains with.
 """
 
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -174,7 +175,8 @@ class FlowMatchingLoss:
         """
         host = getattr(model, "module", model)  # a DDP wrapper keeps the model there
         ours = hasattr(host, "token_grid")
-        _check_call(x0, drop, repa_target, host=type(host).__name__, ours=ours)
+        wrapped = not ours and hasattr(host, "routed")  # by sprint.wrap: it draws the subset itself
+        _check_call(x0, drop, repa_target, host=type(host).__name__, drops=ours or wrapped, aligns=ours)
         if t is None:
             t = self.time(len(x0), self.interpolant, device=x0.device, generator=generator)
         elif t.shape != x0.shape[:1]:
@@ -186,7 +188,10 @@ class FlowMatchingLoss:
 
         options: dict[str, Any] = {}
         subset = None
-        if drop is not None:
+        route: Any = nullcontext()
+        if drop is not None and wrapped:
+            route = host.routed(path="sparse", drop=drop, generator=generator)
+        elif drop is not None:
             subset = drop.sample(len(x0), host.token_grid(x0), device=x0.device, generator=generator)
             options["subset"] = subset
         if repa_target is not None:
@@ -196,7 +201,8 @@ class FlowMatchingLoss:
 
         wide = t.to(torch.promote_types(x0.dtype, torch.float32))
         x = self.interpolant.interpolate(x0, noise, wide)
-        output = model(x.to(x0.dtype), t, **options) if y is None else model(x.to(x0.dtype), t, y, **options)
+        with route:
+            output = model(x.to(x0.dtype), t, **options) if y is None else model(x.to(x0.dtype), t, y, **options)
         prediction = output.v if repa_target is not None else output
         if prediction.shape != x0.shape:
             raise ValueError(f"the model returned {tuple(prediction.shape)}, expected {tuple(x0.shape)} like x0")
@@ -210,14 +216,16 @@ class FlowMatchingLoss:
         return LossOutput(loss, error.detach(), t, None if repa is None else repa.detach(), subset)
 
 
-def _check_call(x0: Tensor, drop: Any, repa_target: Tensor | None, *, host: str, ours: bool) -> None:
+def _check_call(x0: Tensor, drop: Any, repa_target: Tensor | None, *, host: str, drops: bool, aligns: bool) -> None:
     if not x0.is_floating_point():
         raise TypeError(f"x0 must be floating point, got {x0.dtype}: scale images to [-1, 1] first")
     if drop is not None and not hasattr(drop, "sample"):
         raise TypeError(f"drop must be a drop sampler such as StructuredDrop(0.75), got {drop!r}")
-    if drop is not None and not ours:
-        raise ValueError(f"drop was given, but {host} has no token_grid, so it cannot drop tokens: use sprint.SiT")
-    if repa_target is not None and not ours:
+    if drop is not None and not drops:
+        raise ValueError(
+            f"drop was given, but {host} has no token_grid, so it cannot drop tokens: use sprint.SiT or sprint.wrap"
+        )
+    if repa_target is not None and not aligns:
         raise ValueError(f"repa_target was given, but {host} returns no projected tokens: use sprint.SiT with repa_dim")
 
 

@@ -140,3 +140,70 @@ class SparseDenseResidual(nn.Module):
 
     def extra_repr(self) -> str:
         return f"dim={self.dim}, path_drop={self.path_drop}, sources={self.sources!r}"
+
+
+class TokenRouting(nn.Module):
+    """Dropped tokens bypass the middle, without parameters (TREAD, arXiv 2501.04765): `h = g` where kept, `f` elsewhere.
+
+    An alternative to `SparseDenseResidual` with the same call, for comparison. The shallow path is the encoder's output.
+
+    Args:
+        dim: C.
+        path_drop: as in `SparseDenseResidual`: a sample that loses its deep path bypasses the middle whole.
+    """
+
+    def __init__(self, dim: int, *, path_drop: float = 0.0) -> None:
+        super().__init__()
+        self.dim, self.path_drop = dim, path_drop
+
+    def forward(
+        self,
+        shallow: Tensor,
+        deep: Tensor | None = None,
+        subset: "TokenSubset | None" = None,
+        *,
+        dropped: Tensor | None = None,
+        generator: torch.Generator | None = None,
+    ) -> Tensor:
+        """As `SparseDenseResidual.forward`."""
+        if deep is None:
+            return shallow
+        fused = deep if subset is None else subset.restore(deep, shallow)
+        if dropped is None and self.training and self.path_drop > 0:
+            dropped = uniform((len(shallow),), device=shallow.device, generator=generator) < self.path_drop
+        return fused if dropped is None else torch.where(dropped.view(-1, 1, 1), shallow, fused)
+
+
+class MaskRestore(nn.Module):
+    """The mask token at dropped places and nothing else, `h = g_pad` (SPRINT's "deep only" ablation without its projection).
+
+    An alternative to `SparseDenseResidual` with the same call, for comparison.
+
+    Args:
+        dim: C.
+        path_drop: as in `SparseDenseResidual`.
+        learnable_mask: train the mask token; without a projection a frozen one would stay noise, so the default is True.
+    """
+
+    def __init__(self, dim: int, *, path_drop: float = 0.0, learnable_mask: bool = True) -> None:
+        super().__init__()
+        self.dim, self.path_drop = dim, path_drop
+        self.mask_token = nn.Parameter(0.02 * torch.randn(1, 1, dim), requires_grad=learnable_mask)
+
+    def forward(
+        self,
+        shallow: Tensor,
+        deep: Tensor | None = None,
+        subset: "TokenSubset | None" = None,
+        *,
+        dropped: Tensor | None = None,
+        generator: torch.Generator | None = None,
+    ) -> Tensor:
+        """As `SparseDenseResidual.forward`."""
+        mask = self.mask_token.to(shallow.dtype).expand_as(shallow)
+        if deep is None:
+            return mask
+        fused = deep if subset is None else subset.restore(deep, mask)
+        if dropped is None and self.training and self.path_drop > 0:
+            dropped = uniform((len(shallow),), device=shallow.device, generator=generator) < self.path_drop
+        return fused if dropped is None else torch.where(dropped.view(-1, 1, 1), mask, fused)

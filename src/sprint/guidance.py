@@ -17,8 +17,6 @@ from typing import Any, Literal, Protocol
 import torch
 from torch import Tensor, nn
 
-from sprint.middle import SparseMiddle
-
 Weak = Literal["null", "same"]
 
 
@@ -144,12 +142,14 @@ def _null(model: Any, null: Any, y: Any, batch: int) -> Any:
     return null.expand(batch, *null.shape[1:]) if isinstance(null, Tensor) and null.ndim and len(null) == 1 else null
 
 
-def _middle(model: Any) -> SparseMiddle:
+def _middle(model: Any) -> Any:
+    """The part of a model whose path can be chosen: its `SparseMiddle`, or all of a wrapped model."""
     host = unwrapped(model)
-    found = [module for module in host.modules() if isinstance(module, SparseMiddle)] if isinstance(host, nn.Module) else []
+    found = [module for module in host.modules() if hasattr(module, "routed")] if isinstance(host, nn.Module) else []
     if len(found) != 1:
         raise ValueError(
-            f"Path-Drop Guidance needs a model with one SparseMiddle, {type(host).__name__} has {len(found)}: "
+            f"Path-Drop Guidance needs a model with one SparseMiddle, or a wrapped one, "
+            f"{type(host).__name__} has {len(found)}: "
             "use ClassifierFreeGuidance for a model without a shallow path"
         )
     return found[0]

@@ -1,0 +1,197 @@
+"""`check`: prove a wrapping on the user's own model and inputs.
+
+Attention does not depend on the order of tokens once their positions travel with them. So keeping all tokens in a random
+order for
+each sample must leave the full path's output as it is. A table that was forgotten, gathered twice or gathered wrongly
+breaks that.
+"""
+
+import math
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from sprint.hosts.wrapping import SprintState, path, state_of
+from sprint.random import Device, uniform
+from sprint.tokens import TokenSubset
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One line of a report."""
+
+    name: str
+    ok: bool | None
+    """None: does not apply to this model."""
+    detail: str
+
+
+@dataclass(frozen=True)
+class Report:
+    """What `check` found; prints as a table."""
+
+    model: str
+    findings: tuple[Finding, ...]
+    seconds: dict[str, float]
+    """Median seconds by job: forward on each path, and forward and backward on the full and sparse path."""
+
+    @property
+    def ok(self) -> bool:
+        """Whether nothing failed."""
+        return all(finding.ok is not False for finding in self.findings)
+
+    def __str__(self) -> str:
+        marks = {True: "ok", False: "FAILED", None: "-"}
+        lines = [f"{self.model}", *(f"  {marks[f.ok]:<7}{f.name:<34}{f.detail}" for f in self.findings)]
+        lines += [f"  {'':<7}{name:<34}{seconds * 1000:.1f} ms" for name, seconds in self.seconds.items()]
+        return "\n".join(lines)
+
+
+class _Shuffled:
+    """A drop sampler that drops nothing, in a random order for each sample."""
+
+    def sample(
+        self, batch: int, grid: Sequence[int], *, device: Device = None, generator: torch.Generator | None = None
+    ) -> TokenSubset:
+        """All tokens, shuffled."""
+        num_tokens = math.prod(grid)
+        scores = uniform((batch, num_tokens), device=device, generator=generator)
+        return TokenSubset(scores.argsort(dim=1), num_tokens)
+
+
+def check(model: nn.Module, *args: Any, tolerance: float = 1e-4, repeats: int = 3, **kwargs: Any) -> Report:
+    """Run a wrapped model on each path and verify what must hold; the model's parameters, mode and path stay as they were.
+
+    Args:
+        model: wrapped.
+        *args: arguments of its forward; a batch of 2 or more sees more.
+        tolerance: largest difference relative to the largest output; wider for bf16.
+        repeats: timed runs of each kind, of which the median is given.
+        **kwargs: arguments of its forward.
+
+    Returns:
+        The findings and times; `print` it.
+
+    Raises:
+        ValueError: something that must hold does not; the message is the whole report.
+    """
+    state = state_of(model)
+    grids = state.grid
+
+    def run(name: Any, **route: Any) -> Tensor:
+        with path(model, name, grid=grids, **route):
+            return first_tensor(model(*args, **kwargs))
+
+    training = model.training
+    model.eval()
+    try:
+        with torch.no_grad():
+            findings = [_order(run, state, tolerance), _middle_calls(model, state, run)]
+        findings.append(_gradients(model, state, run))
+        seconds = _seconds(state, run, repeats)
+    finally:
+        model.train(training)
+    report = Report(type(model).__name__, tuple(findings), seconds)
+    if not report.ok:
+        raise ValueError(f"this wrapping is not right:\n{report}")
+    return report
+
+
+def first_tensor(output: Any) -> Tensor:
+    """The prediction in whatever a model returns: a tensor, a tuple, a list of equal tensors, or an output with `sample`."""
+    output = getattr(output, "sample", output)
+    if isinstance(output, tuple):
+        output = output[0]
+    if isinstance(output, list):
+        output = torch.stack(output)
+    if not isinstance(output, Tensor):
+        raise TypeError(
+            f"the model returned {type(output).__name__}, in which no prediction was found: wrap a model of tensors"
+        )
+    return output
+
+
+def _order(run: Callable[..., Tensor], state: SprintState, tolerance: float) -> Finding:
+    name = "all tokens in any order = full"
+    if any(place.blocks.sides for place, _ in state.places):
+        return Finding(name, None, "its blocks need tokens in grid order")
+    generator = torch.Generator().manual_seed(0)
+    full, shuffled = run("full"), run("sparse", drop=_Shuffled(), generator=generator)
+    difference = ((full - shuffled).abs().max() / full.abs().max().clamp_min(1e-12)).item()
+    return Finding(name, difference < tolerance, f"relative difference {difference:.1e}, at most {tolerance:.0e}")
+
+
+def _middle_calls(model: nn.Module, state: SprintState, run: Callable[..., Tensor]) -> Finding:
+    calls, hooks, index = 0, [], 0
+
+    def count(*_: Any) -> None:
+        nonlocal calls
+        calls += 1
+
+    for place, _ in state.places:
+        blocks = model.get_submodule(place.blocks.name)
+        for block in blocks if isinstance(blocks, nn.ModuleList | nn.Sequential) else [blocks]:
+            if state.first <= index <= state.last:
+                hooks.append(block.register_forward_hook(count))
+            index += 1
+    try:
+        run("shallow")
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return Finding("shallow path skips the middle", calls == 0, f"{calls} calls of {len(hooks)} middle blocks")
+
+
+def _gradients(model: nn.Module, state: SprintState, run: Callable[..., Tensor]) -> Finding:
+    """Every parameter that learns on the full path learns on the sparse path."""
+    parameters = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
+
+    def reached(*path_and: Any) -> set[str]:
+        output = run(*path_and)
+        grads = torch.autograd.grad(output.float().square().mean(), [p for _, p in parameters], allow_unused=True)
+        return {name for (name, _), grad in zip(parameters, grads, strict=True) if grad is not None}
+
+    name = "sparse gradients reach parameters"
+    if state.drop is None:
+        return Finding(name, None, "wrapped without a drop sampler")
+    missing = sorted(reached("full") - reached("sparse"))
+    return Finding(name, not missing, f"none for {', '.join(missing[:3])}" if missing else f"{len(parameters)} parameters")
+
+
+def _seconds(state: SprintState, run: Callable[..., Tensor], repeats: int) -> dict[str, float]:
+    def median(job: Callable[[], Any]) -> float:
+        job()
+        times = []
+        for _ in range(repeats):
+            with _timed(times):
+                job()
+        return sorted(times)[len(times) // 2]
+
+    paths = ("full", "sparse", "shallow") if state.drop is not None else ("full", "shallow")
+    seconds = {}
+    with torch.no_grad():
+        for name in paths:
+            seconds[f"forward, {name}"] = median(lambda name=name: run(name))
+    parameters = [p for p in state.parameters() if p.requires_grad]
+    for name in paths[:-1]:
+        if parameters:
+            seconds[f"forward and backward, {name}"] = median(
+                lambda name=name: torch.autograd.grad(run(name).float().mean(), parameters, allow_unused=True)
+            )
+    return seconds
+
+
+@contextmanager
+def _timed(times: list[float]) -> Iterator[None]:
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+    start = time.perf_counter()
+    yield
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+    times.append(time.perf_counter() - start)

@@ -1,0 +1,137 @@
+"""How a model passes its tokens: what `wrap` must know of an architecture, declared in a few lines.
+
+A block takes a stream of tokens. In an image stream all of them are image (or video) tokens, which may be dropped. In a
+joint
+stream text tokens, registers or reference images come first ("text+image") or last ("image+text"); they are never dropped.
+Everything else that a block gets and that has one row per token (rotary tables, masks) is a `Table`, gathered with the
+tokens.
+"""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from torch import nn
+
+Stream = Literal["image", "text+image", "image+text"]
+Part = Literal["image", "text"]
+Arguments = Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class Table:
+    """A block argument with one row per token; tuples and lists of tensors are gathered each.
+
+    Args:
+        dim: axis of the tokens.
+        stream: the tokens that its rows belong to.
+        batched: whether axis 0 is the batch. A table without one, (N, *), is handed on with a row set for each sample.
+        broadcast: the model multiplies a table without a batch as it is, instead of adding an axis for the batch.
+        item: of a tuple, only this element.
+        ndim: a table only when the tensor has this many axes (modulation per token instead of per sample).
+    """
+
+    dim: int = 1
+    stream: Stream = "image"
+    batched: bool = True
+    broadcast: bool = False
+    item: int | None = None
+    ndim: int | None = None
+
+
+@dataclass(frozen=True)
+class Blocks:
+    """A run of blocks that the model calls in order.
+
+    Args:
+        name: attribute that holds them (dots allowed): a `ModuleList`, a `Sequential`, or one block.
+        image: parameter of the block with the image tokens, or with the joint stream; by default its first.
+        text: parameter with the text tokens, if they are a stream of their own.
+        stream: what `image` holds.
+        returns: what the block returns, in order.
+        tables: by parameter, the arguments with one row per token.
+        sides: parameters with the rows and columns of the token grid, for blocks that unfold it (one kept token per group
+            only).
+    """
+
+    name: str
+    image: str | None = None
+    text: str | None = None
+    stream: Stream = "image"
+    returns: tuple[Part, ...] = ("image",)
+    tables: Mapping[str, Table] = field(default_factory=dict)
+    sides: tuple[str, str] | None = None
+
+
+@dataclass(frozen=True)
+class Host:
+    """An architecture.
+
+    Args:
+        blocks: its runs of blocks, in the order in which `forward` calls them.
+        width: attribute with the token width C (dots allowed), or a function of the model; None looks for the usual names.
+        grid: function of the model and `forward`'s arguments by name that gives the token grid, (rows, columns) or
+            (frames, rows,
+            columns); None reads it off a first argument (B, C, H, W).
+        image_tokens: function of the model, `forward`'s arguments by name and the length of the stream that gives the
+            number of
+            image tokens, for models whose first block already has a joint stream.
+        refused: parameters of `forward` that cannot be given when tokens are dropped, and why.
+        note: what a user should know.
+    """
+
+    blocks: tuple[Blocks, ...]
+    width: str | Callable[[Any], int] | None = None
+    grid: Callable[[Any, Arguments], tuple[int, ...] | None] | None = None
+    image_tokens: Callable[[Any, Arguments, int], int] | None = None
+    refused: Mapping[str, str] = field(default_factory=dict)
+    note: str = ""
+
+
+_HOSTS: dict[str, Host] = {}
+
+
+def register(model: type[nn.Module] | str, host: Host) -> None:
+    """Declare an architecture for `wrap`; subclasses inherit the declaration.
+
+    Args:
+        model: the class, or its name.
+        host: its declaration; replaces an earlier one.
+
+    Examples:
+        >>> tables = {"rope": Table(dim=0, batched=False)}
+        >>> register("MyDiT", Host(blocks=(Blocks("layers", tables=tables),), width="embed_dim"))
+    """
+    name = model if isinstance(model, str) else model.__name__
+    for blocks in host.blocks:
+        if "text" in blocks.returns and blocks.text is None:
+            raise ValueError(f"blocks {blocks.name!r} of {name} return text, but have no text parameter: set text=…")
+    _HOSTS[name] = host
+
+
+def registered() -> list[str]:
+    """Names of the declared architectures."""
+    return sorted(_HOSTS)
+
+
+def declaration(model: nn.Module) -> tuple[Host, bool]:
+    """The declaration of a model, and whether it was registered; without one, its single list of blocks is taken as it is.
+
+    Raises:
+        ValueError: nothing is registered, and there is no list of blocks or more than one.
+    """
+    for base in type(model).__mro__:
+        if base.__name__ in _HOSTS:
+            return _HOSTS[base.__name__], True
+    lists = [
+        name
+        for name, child in model.named_children()
+        if isinstance(child, nn.ModuleList | nn.Sequential) and len(child) > 1 and len({type(block) for block in child}) == 1
+    ]
+    if len(lists) != 1:
+        raise ValueError(
+            f"{type(model).__name__} is not registered and has {len(lists)} lists of equal blocks "
+            f"({', '.join(lists) or 'none'}), "
+            "expected one: declare it with sprint.register(…, sprint.Host(…)); declared are " + ", ".join(registered())
+        )
+    return Host(blocks=(Blocks(lists[0]),)), False

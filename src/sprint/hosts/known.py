@@ -1,0 +1,246 @@
+"""The declared architectures, one entry each; see `sprint.hosts.declare` for the words."""
+
+from typing import Any
+
+from sprint.hosts.declare import Arguments, Blocks, Host, Table, register
+
+_CONTROL: dict[str, str] = dict.fromkeys(
+    ("controlnet_block_samples", "controlnet_single_block_samples", "block_controlnet_hidden_states"),
+    "because the model's own loop adds full-length residuals between its blocks",
+)
+_ROPE = {"image_rotary_emb": Table(dim=0, batched=False)}  # (N, D), no batch
+_JOINT_ROPE = {"image_rotary_emb": Table(dim=0, batched=False, stream="text+image")}
+_TEXT_FIRST: dict[str, Any] = {"text": "encoder_hidden_states", "returns": ("text", "image")}
+_IMAGE_FIRST: dict[str, Any] = {"text": "encoder_hidden_states", "returns": ("image", "text")}
+
+
+def _patched_video(model: Any, arguments: Arguments) -> tuple[int, ...]:
+    """Grid of x (B, C, F, H, W) with patch sizes in the configuration."""
+    patch, x = model.config.patch_size, arguments["hidden_states"]
+    sides = patch if isinstance(patch, tuple | list) else (getattr(model.config, "patch_size_t", None) or 1, patch, patch)
+    return tuple(length // side for length, side in zip(x.shape[2:], sides, strict=True))
+
+
+def _frames_first_video(model: Any, arguments: Arguments) -> tuple[int, ...]:
+    """Grid of x (B, F, C, H, W)."""
+    x, c = arguments["hidden_states"], model.config
+    return x.shape[1] // (c.patch_size_t or 1), x.shape[3] // c.patch_size, x.shape[4] // c.patch_size
+
+
+def _told_video(model: Any, arguments: Arguments) -> tuple[int, ...] | None:
+    """Grid of packed tokens whose sides are arguments."""
+    sides = tuple(arguments.get(name) for name in ("num_frames", "height", "width"))
+    return None if None in sides else sides  # pyright: ignore[reportReturnType]
+
+
+def _image_shapes(model: Any, arguments: Arguments) -> tuple[int, ...] | None:
+    """Grid of packed tokens with img_shapes, [[(frames, rows, columns)]]; None with reference images or mixed sizes."""
+    shapes = {tuple(map(tuple, sample if isinstance(sample, list) else [sample])) for sample in arguments["img_shapes"]}
+    (first, *others) = shapes
+    return first[0] if not others and len(first) == 1 else None
+
+
+def _after_caption(model: Any, arguments: Arguments, length: int) -> int:
+    """Image tokens of a Lumina 2 stream, [caption | image]: all captions must be as long as each other."""
+    x, p = arguments["hidden_states"], model.config.patch_size
+    return x.shape[2] * x.shape[3] // p**2
+
+
+def _padded_images(model: Any, arguments: Arguments, length: int) -> int:
+    """Image tokens of a Z-Image stream, [image | caption], each image padded to a multiple of 32 tokens."""
+    p, pf = arguments.get("patch_size", 2), arguments.get("f_patch_size", 1)
+    counts = {(c.shape[1] // pf) * (c.shape[2] // p) * (c.shape[3] // p) for c in arguments["x"]}
+    if len(counts) != 1:
+        raise ValueError(
+            f"images of {sorted(counts)} tokens in one batch: tokens can be dropped in batches of one size only"
+        )
+    return -(-counts.pop() // 32) * 32
+
+
+register(
+    "DiTTransformer2DModel",
+    Host(
+        (Blocks("transformer_blocks"),),
+        note="its blocks drop labels one by one in training: set the blocks' dropout_prob to 0 and drop labels outside",
+    ),
+)
+register("PixArtTransformer2DModel", Host((Blocks("transformer_blocks", tables={"attention_mask": Table(dim=-1)}),)))
+register("SD3Transformer2DModel", Host((Blocks("transformer_blocks", **_TEXT_FIRST),), refused=_CONTROL))
+register(
+    "FluxTransformer2DModel",
+    Host(
+        tuple(
+            Blocks(name, tables=_JOINT_ROPE, **_TEXT_FIRST) for name in ("transformer_blocks", "single_transformer_blocks")
+        ),
+        refused=_CONTROL,
+    ),
+)
+register(
+    "ChromaTransformer2DModel",
+    Host(
+        (
+            Blocks("transformer_blocks", tables=_JOINT_ROPE | {"attention_mask": Table(stream="text+image")}, **_TEXT_FIRST),
+            Blocks(
+                "single_transformer_blocks",
+                stream="text+image",
+                tables=_JOINT_ROPE | {"attention_mask": Table(stream="text+image")},
+            ),
+        ),
+        refused=_CONTROL,
+    ),
+)
+register(
+    "AuraFlowTransformer2DModel",
+    Host(
+        (
+            Blocks("joint_transformer_blocks", **_TEXT_FIRST),
+            Blocks("single_transformer_blocks", stream="text+image"),
+        )
+    ),
+)
+register(
+    "SanaTransformer2DModel",
+    Host(
+        (Blocks("transformer_blocks", sides=("height", "width")),),
+        refused=_CONTROL,
+        note="its blocks unfold the tokens for a convolution: one token per group can be kept, StructuredDrop(0.75)",
+    ),
+)
+register(
+    "Lumina2Transformer2DModel",
+    Host(
+        (
+            Blocks(
+                "layers",
+                stream="text+image",
+                tables={
+                    "attention_mask": Table(stream="text+image"),
+                    "image_rotary_emb": Table(stream="text+image"),
+                },
+            ),
+        ),
+        image_tokens=_after_caption,
+        note="captions of one batch must have one length",
+    ),
+)
+register(
+    "ZImageTransformer2DModel",
+    Host(
+        (
+            Blocks(
+                "layers",
+                stream="image+text",
+                tables={name: Table(stream="image+text") for name in ("attn_mask", "freqs_cis", "noise_mask")},
+            ),
+        ),
+        image_tokens=_padded_images,
+        width="dim",
+        refused=_CONTROL,
+        note="images are padded to a multiple of 32 tokens, which leaves no grid: use RandomDrop",
+    ),
+)
+register(
+    "CogVideoXTransformer3DModel",
+    Host(
+        (Blocks("transformer_blocks", tables=_ROPE, **_IMAGE_FIRST),),
+        grid=_frames_first_video,
+    ),
+)
+register(
+    "WanTransformer3DModel",
+    Host(
+        (Blocks("blocks", tables={"rotary_emb": Table(), "temb": Table(ndim=4)}),),
+        grid=_patched_video,
+    ),
+)
+register(
+    "HunyuanVideoTransformer3DModel",
+    Host(
+        (
+            Blocks(
+                "transformer_blocks",
+                tables={
+                    "freqs_cis": Table(dim=0, batched=False),
+                    "attention_mask": Table(dim=3, stream="image+text"),
+                },
+                **_IMAGE_FIRST,
+            ),
+            Blocks(
+                "single_transformer_blocks",
+                tables=_ROPE
+                | {
+                    "attention_mask": Table(dim=3, stream="image+text"),
+                },
+                **_IMAGE_FIRST,
+            ),
+        ),
+        grid=_patched_video,
+        note="image-to-video by token replacement splits off the first frame inside the blocks and is not supported",
+    ),
+)
+register(
+    "LTXVideoTransformer3DModel",
+    Host(
+        (Blocks("transformer_blocks", tables={"image_rotary_emb": Table(), "temb": Table()}),),
+        grid=_told_video,
+    ),
+)
+register(
+    "QwenImageTransformer2DModel",
+    Host(
+        (
+            Blocks(
+                "transformer_blocks",
+                tables={
+                    "image_rotary_emb": Table(dim=0, batched=False, item=0),
+                    "modulate_index": Table(),
+                },
+                **_TEXT_FIRST,
+            ),
+        ),
+        grid=_image_shapes,
+        refused=_CONTROL,
+    ),
+)
+register("PRXTransformer2DModel", Host((Blocks("blocks", tables={"image_rotary_emb": Table(dim=2)}),), width="hidden_size"))
+register(
+    "HunyuanDiT2DModel",
+    Host(
+        (Blocks("blocks", tables=_ROPE),),
+        refused=_CONTROL,
+        note="long skips join block i to the block as far from the end: use as many decoder as encoder blocks",
+    ),
+)
+register("CogView4Transformer2DModel", Host((Blocks("transformer_blocks", tables=_ROPE, **_IMAGE_FIRST),)))
+register(
+    "MochiTransformer3DModel",
+    Host(
+        (
+            Blocks(
+                "transformer_blocks",
+                tables={"image_rotary_emb": Table(dim=0, batched=False, broadcast=True)},
+                **_IMAGE_FIRST,
+            ),
+        ),
+        grid=_patched_video,
+    ),
+)
+register(
+    "Flux2Transformer2DModel",
+    Host(
+        (
+            Blocks("transformer_blocks", tables=_JOINT_ROPE, **_TEXT_FIRST),
+            Blocks("single_transformer_blocks", stream="text+image", tables=_JOINT_ROPE),
+        )
+    ),
+)
+register(
+    "VisionTransformer",
+    Host(  # timm
+        (Blocks("blocks", stream="text+image"),),
+        width="embed_dim",
+        grid=lambda model, arguments: model.patch_embed.dynamic_feat_size(arguments["x"].shape[-2:]),
+        image_tokens=lambda model, arguments, length: length - model.num_prefix_tokens,
+        note="class and register tokens are always kept",
+    ),
+)

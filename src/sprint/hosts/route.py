@@ -1,0 +1,315 @@
+"""The route of one forward pass through a wrapped model: what is captured, dropped, restored and fused, and where.
+
+While the model's own `forward` runs, its block lists yield `Bound` blocks. The first middle block captures the encoder's
+tokens and
+draws the subset, every middle block sees the kept tokens and their table rows, and the exit of the last one restores and
+fuses.
+A route belongs to one call: a checkpointed recomputation finds the subset that its own forward pass drew.
+"""
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from sprint.drop import StructuredDrop
+from sprint.hosts.declare import Arguments, Blocks, Stream, Table
+from sprint.random import uniform
+from sprint.tokens import TokenSubset
+
+if TYPE_CHECKING:
+    from sprint.hosts.wrapping import SprintState
+
+
+class Bound:
+    """A block on its route: called like the block, and otherwise the block itself."""
+
+    def __init__(self, block: nn.Module, place: "Place", index: int, route: "Route") -> None:
+        self.block, self.place, self.index, self.route = block, place, index, route
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return self.route.step(self, self.block, args, kwargs)
+
+    def checkpointed(self, checkpoint: Callable[..., Any], args: tuple, kwargs: dict) -> Any:
+        """The step with only the block itself inside the checkpoint; what is drawn and captured stays outside."""
+        return self.route.step(self, lambda *a, **k: checkpoint(self.block, *a, **k), args, kwargs)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.block, name)
+
+
+class Place:
+    """Where a run of blocks keeps its arguments."""
+
+    def __init__(self, blocks: Blocks, parameters: Sequence[str]) -> None:
+        self.blocks, self.parameters = blocks, list(parameters)
+        self.image = blocks.image or self.parameters[0]
+        for name in (self.image, blocks.text, *blocks.tables, *(blocks.sides or ())):
+            if name is not None and name not in self.parameters:
+                raise ValueError(
+                    f"blocks {blocks.name!r} have no parameter {name!r}, they take {', '.join(self.parameters)}: "
+                    "correct the declaration"
+                )
+
+    def named(self, args: tuple, kwargs: dict) -> dict[str, Any]:
+        """The arguments by name; positional ones beyond the named parameters keep their number."""
+        named: dict[str, Any] = dict(zip(self.parameters, args, strict=False))
+        named |= {str(i): value for i, value in enumerate(args) if i >= len(self.parameters)}
+        return {**named, **kwargs}
+
+    def call(self, block: Callable[..., Any], named: dict[str, Any], args: tuple, kwargs: dict) -> Any:
+        """Call with changed arguments, each passed as it came: by position or by name."""
+        names = [self.parameters[i] if i < len(self.parameters) else str(i) for i in range(len(args))]
+        return block(*[named[name] for name in names], **{name: named[name] for name in kwargs})
+
+
+class Rows:
+    """A table without a batch axis, gathered for each sample: (B, K, *) that indexes and broadcasts like the (K, *) it
+    replaces.
+
+    Models lift such a table over the batch themselves, with `table[None, :, None]` or `table.unsqueeze(1)`; here the
+    leading axis that they add is the batch, which is already there.
+    """
+
+    def __init__(self, rows: Tensor) -> None:
+        self.rows = rows
+
+    def __getitem__(self, index: Any) -> Tensor:
+        index = index if isinstance(index, tuple) else (index,)
+        if index[0] is not None:
+            raise TypeError(
+                "a rotary table was indexed in a way that cannot be done with one row set per sample: "
+                "wrap with a drop sampler "
+                "that is shared by the batch, StructuredDrop(…, shared=True)"
+            )
+        return self.rows[(slice(None), *index[1:])]
+
+    def unsqueeze(self, dim: int) -> Tensor:
+        """As of the (K, *) table, with the batch in front; dim 0 adds the batch itself."""
+        return self.rows if dim == 0 else self.rows.unsqueeze(dim + 1 if dim > 0 else dim)
+
+    def to(self, *args: Any, **kwargs: Any) -> "Rows":
+        """As `Tensor.to`."""
+        return Rows(self.rows.to(*args, **kwargs))
+
+
+class Route:
+    """One call's path through the model; see the module."""
+
+    def __init__(self, state: "SprintState", model: nn.Module, arguments: Arguments) -> None:
+        self.state, self.model, self.arguments = state, model, arguments
+        self.path, self.subset, self.drop, self.generator = state.route
+        self.num_tokens: int | None = None  # N, of the image
+        self.length = 0  # of the image stream now: N, or K inside the middle
+        self.shallow: Tensor | None = None
+        self.text: Tensor | None = None
+        self.dropped: Tensor | None = None
+        self.tables: dict[str, tuple[Any, Any]] = {}
+        self.fused = False
+        self.single: dict[str, tuple[Place, int]] = {}  # runs of a single block, by attribute
+        self._refuse()
+
+    def step(self, bound: Bound, block: Callable[..., Any], args: tuple, kwargs: dict) -> Any:
+        """Call one block of the model."""
+        place, first, last = bound.place, self.state.first, self.state.last
+        named = place.named(args, kwargs)
+        if self.num_tokens is None:
+            self.num_tokens = self.length = self._count(place, named[place.image])
+        if not first <= bound.index <= last:
+            return block(*args, **kwargs)
+        if bound.index == first:
+            self._enter(place, named)
+        if self.path == "shallow":
+            names = {"image": place.image, "text": str(place.blocks.text)}
+            passed = [named[names[part]] for part in place.blocks.returns]
+            output = tuple(passed) if len(passed) > 1 else passed[0]
+        else:
+            if self.path == "sparse":
+                self._gather(place, named, entering=bound.index == first)
+            output = place.call(block, named, args, kwargs)
+        return self._leave(place, output) if bound.index == last else output
+
+    def _refuse(self) -> None:
+        """What cannot work with fewer tokens raises before anything runs."""
+        if self.path == "full":
+            return
+        for name, reason in self.state.host.refused.items():
+            if self.arguments.get(name) is not None:
+                raise ValueError(
+                    f"{name} cannot be given on the {self.path} path, {reason}: leave it out, or use the full path"
+                )
+        if self.path == "sparse" and getattr(self.model, "_parallel_config", None) is not None:
+            raise ValueError(
+                "context parallelism splits the tokens before they can be dropped: turn it off on the sparse path"
+            )
+
+    def _count(self, place: Place, tokens: Tensor) -> int:
+        if self.state.host.image_tokens is not None:
+            return self.state.host.image_tokens(self.model, self.arguments, tokens.shape[1])
+        return tokens.shape[1]
+
+    def _enter(self, place: Place, named: dict[str, Any]) -> None:
+        """Capture the encoder's tokens, and draw; a recomputation draws again, for the random stream, and discards."""
+        self.length = self.num_tokens or 0  # a recomputation runs backwards, and left the length of the middle
+        image, text = self._split(place.blocks.stream, named[place.image])
+        if place.blocks.text is not None:
+            text = named[place.blocks.text]
+        subset, dropped = self.subset, None
+        if self.path == "sparse" and (self.drop is not None):
+            subset = self.drop.sample(len(image), self._grid(), device=image.device, generator=self.generator)
+        if self.path != "shallow" and self.state.training and self.state.path_drop > 0:
+            dropped = uniform((len(image),), device=image.device, generator=self.generator) < self.state.path_drop
+        if self.shallow is not None:
+            return
+        self.shallow, self.text, self.dropped = image, text, dropped
+        if subset is not None:
+            self.subset = self._in_cells(subset) if place.blocks.sides else subset
+
+    def _gather(self, place: Place, named: dict[str, Any], *, entering: bool) -> None:
+        """Reduce the tokens (at the first block), and every table, to the kept ones."""
+        assert self.subset is not None
+        if not self.state.declared:
+            self._refuse_undeclared(place, named)
+        if entering:
+            image, text = self._split(place.blocks.stream, named[place.image])
+            named[place.image] = self._join(place.blocks.stream, self.subset.gather(image), text)
+        self.length = self.subset.num_kept
+        for name, table in place.blocks.tables.items():
+            value = named.get(name)
+            if value is None:
+                continue
+            if name not in self.tables or self.tables[name][0] is not value:
+                self.tables[name] = (value, self._rows(name, value, table))
+            named[name] = self.tables[name][1]
+        if place.blocks.sides is not None:
+            group = self._cells()
+            for name, side in zip(place.blocks.sides, group, strict=True):
+                named[name] = named[name] // side
+
+    def _leave(self, place: Place, output: Any) -> Any:
+        """Restore and fuse after the last middle block; samples that lost their deep path get the encoder's text too."""
+        parts = dict(zip(place.blocks.returns, output if isinstance(output, tuple | list) else (output,), strict=True))
+        image, text = self._split(place.blocks.stream, parts["image"])
+        text = parts.get("text", text)
+        self.length, self.fused = self.num_tokens or 0, True
+        assert self.shallow is not None
+        if self.path == "shallow":
+            image = self.state.fusion(self.shallow)
+        else:
+            image = self.state.fusion(self.shallow, image, self.subset, dropped=self.dropped)
+            if self.dropped is not None and text is not None and self.text is not None:
+                text = torch.where(self.dropped.view(-1, *[1] * (text.ndim - 1)), self.text, text)
+        parts["image"] = self._join(place.blocks.stream, image, text)
+        if "text" in parts:
+            parts["text"] = text
+        return tuple(parts.values()) if len(parts) > 1 else parts["image"]
+
+    def _split(self, stream: Stream, tokens: Tensor) -> tuple[Tensor, Tensor | None]:
+        if stream == "image":
+            return tokens, None
+        if stream == "text+image":
+            return tokens[:, tokens.shape[1] - self.length :], tokens[:, : tokens.shape[1] - self.length]
+        return tokens[:, : self.length], tokens[:, self.length :]
+
+    def _join(self, stream: Stream, image: Tensor, text: Tensor | None) -> Tensor:
+        if stream == "image" or text is None:
+            return image
+        return torch.cat([text, image] if stream == "text+image" else [image, text], dim=1)
+
+    def _rows(self, name: str, value: Any, table: Table) -> Any:
+        """The rows of the kept tokens, and of all text tokens."""
+        assert self.subset is not None
+        if isinstance(value, tuple | list):
+            chosen = range(len(value)) if table.item is None else (table.item,)
+            plain = replace(table, item=None)
+            return type(value)(self._rows(name, x, plain) if i in chosen else x for i, x in enumerate(value))
+        if (
+            not isinstance(value, Tensor)
+            or (table.ndim is not None and value.ndim != table.ndim)
+            or value.shape[table.dim] == 1
+        ):
+            return value
+        rows, num_tokens = value.shape[table.dim], self.num_tokens or 0
+        if rows < num_tokens or (table.stream == "image" and rows != num_tokens):
+            raise ValueError(
+                f"argument {name!r} has {rows} rows along axis {table.dim}, expected {num_tokens} ({table.stream}): "
+                "correct its Table in the declaration"
+            )
+        subset = self.subset if table.stream == "image" else _with_text(self.subset, rows, table.stream)
+        if not table.batched:
+            if getattr(self.drop, "shared", False):
+                return value.index_select(table.dim, subset.keep[0])
+            lifted = value.movedim(table.dim, 0)[None]  # (1, N, *)
+            rows_of_each = subset.gather(lifted).movedim(1, table.dim + 1)  # (B, K, *)
+            return rows_of_each if table.broadcast else Rows(rows_of_each)
+        return subset.gather(value.movedim(table.dim, 1)).movedim(1, table.dim)
+
+    def _refuse_undeclared(self, place: Place, named: dict[str, Any]) -> None:
+        per_sample = named[place.image].shape[::2]  # (B, C): a condition
+        for name, value in named.items():
+            for tensor in value if isinstance(value, tuple | list) else (value,):
+                if not isinstance(tensor, Tensor) or tensor.ndim < 2 or name == place.image or tensor.shape == per_sample:
+                    continue
+                if self.num_tokens in tensor.shape[:2]:
+                    raise ValueError(
+                        f"argument {name!r} of the blocks has the shape {tuple(tensor.shape)} and seems to "
+                        f"hold one row per token: "
+                        f"declare it, sprint.register({type(self.model).__name__!r}, sprint.Host(blocks=("
+                        f"sprint.Blocks({place.blocks.name!r}, tables={{{name!r}: sprint.Table(…)}}),))), "
+                        "or without the table if it does not"
+                    )
+
+    def _grid(self) -> tuple[int, ...]:
+        """The token grid of the image, from wherever it is known."""
+        num_tokens = self.num_tokens or 0
+        grid = self.state.grid
+        if grid is None and self.state.host.grid is not None:
+            grid = self.state.host.grid(self.model, self.arguments)
+        if grid is None:
+            x = next(iter(self.arguments.values()), None)
+            if isinstance(x, Tensor) and x.ndim == 4 and (x.shape[2] * x.shape[3]) % num_tokens == 0:
+                patch = math.isqrt(x.shape[2] * x.shape[3] // num_tokens)
+                grid = (x.shape[2] // patch, x.shape[3] // patch)
+        if grid is None or math.prod(grid) != num_tokens:
+            if not isinstance(self.drop, StructuredDrop):
+                return (num_tokens,)
+            raise ValueError(
+                f"the token grid of {type(self.model).__name__} is {'unknown' if grid is None else grid} "
+                f"for {num_tokens} tokens: "
+                "give it, sprint.wrap(…, grid=(rows, columns)) or sprint.path(model, 'sparse', grid=…), or use RandomDrop"
+            )
+        return grid
+
+    def _cells(self) -> tuple[int, ...]:
+        if not isinstance(self.drop, StructuredDrop):
+            raise ValueError(
+                f"{type(self.model).__name__} unfolds its tokens into a grid inside its blocks: "
+                "use a drop sampler that keeps one token per group, StructuredDrop(0.75)"
+            )
+        group, kept = self.drop.cells(self._grid())
+        if kept != 1:
+            raise ValueError(
+                f"{type(self.model).__name__} unfolds its tokens into a grid inside its blocks, so one "
+                f"token per group can be kept, "
+                f"got {kept} of {group}: use StructuredDrop(0.75)"
+            )
+        return group
+
+    def _in_cells(self, subset: TokenSubset) -> TokenSubset:
+        """The same tokens in the order of their groups, so that they form a smaller grid."""
+        (rows, columns), (_, width) = self._cells(), self._grid()
+        row, column = subset.keep // width, subset.keep % width
+        order = (row // rows * (width // columns) + column // columns).argsort(dim=1)
+        return TokenSubset(subset.keep.gather(1, order), subset.num_tokens)
+
+
+def _with_text(subset: TokenSubset, rows: int, stream: Stream) -> TokenSubset:
+    """The subset of a joint stream that keeps all text."""
+    texts, batch = rows - subset.num_tokens, len(subset.keep)
+    text = torch.arange(texts, device=subset.keep.device)
+    if stream == "text+image":
+        return TokenSubset(torch.cat([text.expand(batch, -1), subset.keep + texts], dim=1), rows)
+    return TokenSubset(torch.cat([subset.keep, (text + subset.num_tokens).expand(batch, -1)], dim=1), rows)

@@ -1,0 +1,188 @@
+"""Every declared architecture: identity, order of tokens, the three paths, gradients, checkpointing, unwrapping."""
+
+import pytest
+import torch
+from architectures import CASES
+from safetensors.torch import load_file
+
+import sprint
+from sprint import RandomDrop, StructuredDrop
+from sprint.hosts.check import first_tensor
+
+pytest.importorskip("diffusers")
+pytest.importorskip("timm")
+
+GRIDS = dict.fromkeys(("flux", "chroma", "flux2"), (4, 4))  # packed latents whose arguments do not tell their grid
+architectures = pytest.mark.parametrize("name", CASES)
+
+
+def wrapped(name, **options):
+    model, arguments = CASES[name]()
+    drop = RandomDrop(0.75) if name == "z_image" else StructuredDrop(0.75)
+    options = {"drop": drop, "path_drop": 0.0, "grid": GRIDS.get(name), **options}
+    return sprint.wrap(model, **options), arguments
+
+
+@architectures
+@torch.no_grad()
+def test_wrapping_changes_nothing_and_can_be_undone(name):
+    model, arguments = CASES[name]()
+    keys, expected = list(model.state_dict()), first_tensor(model(**arguments))
+    wrapped_model = sprint.wrap(model)
+    assert first_tensor(wrapped_model(**arguments)).equal(expected)  # bit by bit
+    assert [key for key in model.state_dict() if key not in keys] == [
+        "sprint.fusion.mask_token",
+        "sprint.fusion.proj.weight",
+        "sprint.fusion.proj.bias",
+    ]
+    sprint.unwrap(model)
+    assert list(model.state_dict()) == keys
+    assert first_tensor(model(**arguments)).equal(expected)
+
+
+@architectures
+def test_check_passes(name):
+    model, arguments = wrapped(name, init="xavier")
+    report = sprint.check(model, repeats=1, tolerance=1e-5, **arguments)
+    assert {finding.name: finding.ok for finding in report.findings} == {
+        "all tokens in any order = full": None if name == "sana" else True,
+        "shallow path skips the middle": True,
+        "sparse gradients reach parameters": True,
+    }
+
+
+@architectures
+@torch.no_grad()
+def test_middle_blocks_see_the_kept_tokens_only(name):
+    model, arguments = wrapped(name, init="xavier")
+    lengths = {}
+    for path in ("full", "sparse"):
+        seen, index = [], 0
+        hooks = []
+        for place, _ in model.sprint.places:
+            for block in model.get_submodule(place.blocks.name):
+                if model.sprint.first <= index <= model.sprint.last:
+
+                    def measure(module, args, kwargs, place=place, seen=seen):
+                        tokens = kwargs[place.image] if place.image in kwargs else args[0]
+                        seen.append((tokens.shape[1], place.blocks.stream))
+
+                    hooks.append(block.register_forward_pre_hook(measure, with_kwargs=True))
+                index += 1
+        with sprint.path(model, path):
+            model(**arguments)
+        for hook in hooks:
+            hook.remove()
+        lengths[path] = seen
+    for (full, stream), (sparse, _) in zip(lengths["full"], lengths["sparse"], strict=True):
+        image = model.sprint.host.image_tokens(model, arguments, full) if model.sprint.host.image_tokens else full
+        if stream != "image" and model.sprint.host.image_tokens is None:
+            image = lengths["full"][0][0] if lengths["full"][0][1] == "image" else full - 5
+        assert full - sparse == image * 3 // 4
+
+
+CHECKPOINTED = [name for name in CASES if name not in ("hunyuan_dit", "timm_vit")]  # they have none of their own
+
+
+@pytest.mark.parametrize("name", CHECKPOINTED)
+def test_the_hosts_own_checkpointing_gives_the_same_gradients(name):
+    gradients = []
+    for checkpointing in (False, True):
+        model, arguments = CASES[name]()
+        torch.manual_seed(1)
+        drop = RandomDrop(0.75) if name == "z_image" else StructuredDrop(0.75)
+        sprint.wrap(model, drop=drop, path_drop=0.5, init="xavier", grid=GRIDS.get(name))
+        if checkpointing:
+            model.enable_gradient_checkpointing()
+        model.train()
+        torch.manual_seed(2)
+        with sprint.path(model, "sparse"):
+            first_tensor(model(**arguments)).square().mean().backward()
+        gradients.append({key: p.grad for key, p in model.named_parameters() if p.grad is not None})
+    assert gradients[0].keys() == gradients[1].keys()
+    for key, expected in gradients[0].items():
+        torch.testing.assert_close(gradients[1][key], expected, rtol=1e-4, atol=1e-6, msg=f"{name}: {key}")  # float32
+
+
+@pytest.mark.parametrize("name", ["sd3", "flux", "chroma", "auraflow", "hunyuan_video"])
+@torch.no_grad()
+def test_a_path_dropped_sample_of_a_joint_model_is_its_shallow_path(name):
+    model, arguments = wrapped(name, init="xavier", path_drop=1.0)
+    with sprint.path(model, "shallow"):
+        shallow = first_tensor(model(**arguments))
+    model.sprint.train()
+    torch.testing.assert_close(first_tensor(model(**arguments)), shallow, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["dit", "sd3", "flux", "wan", "ltx"])
+@torch.no_grad()
+def test_compiles_without_graph_breaks(name):
+    torch.compiler.reset()
+    model, arguments = wrapped(name, init="xavier")
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    for path in ("full", "shallow"):
+        with sprint.path(model, path):
+            expected = first_tensor(model(**arguments))
+            torch.testing.assert_close(first_tensor(compiled(**arguments)), expected, rtol=1e-4, atol=1e-5)
+    with sprint.path(model, "sparse"):
+        assert first_tensor(compiled(**arguments)).shape == expected.shape
+
+
+def test_residual_controlnets_are_refused_before_anything_runs():
+    model, arguments = wrapped("sd3")
+    residuals = [torch.zeros(2, 16, 16)]
+    assert model(**arguments, block_controlnet_hidden_states=residuals) is not None
+    with (
+        pytest.raises(ValueError, match="cannot be given on the sparse path, because the model's own loop adds full-length"),
+        sprint.path(model, "sparse"),
+    ):
+        model(**arguments, block_controlnet_hidden_states=residuals)
+
+
+def test_packed_latents_need_their_grid():
+    model, arguments = wrapped("flux", grid=None)
+    message = "token grid of FluxTransformer2DModel is unknown for 16 tokens: give it"
+    with pytest.raises(ValueError, match=message), sprint.path(model, "sparse"):
+        model(**arguments)
+    with sprint.path(model, "sparse", grid=(2, 8)):
+        model(**arguments)
+
+
+def test_sana_needs_one_token_per_group():
+    model, arguments = wrapped("sana", drop=RandomDrop(0.75))
+    with pytest.raises(ValueError, match="unfolds its tokens into a grid inside its blocks"), sprint.path(model, "sparse"):
+        model(**arguments)
+
+
+def test_lora_before_and_after_wrapping():
+    peft = pytest.importorskip("peft")
+    outputs = []
+    for before in (True, False):
+        model, arguments = CASES["sd3"]()
+        config = peft.LoraConfig(r=2, target_modules=["to_q", "to_v"], init_lora_weights="gaussian")
+        for step in ("adapter", "wrap") if before else ("wrap", "adapter"):
+            torch.manual_seed(3)
+            if step == "wrap":
+                sprint.wrap(model, drop=StructuredDrop(0.75))
+            else:
+                model.add_adapter(config)
+        lora = {key: p for key, p in model.named_parameters() if "lora" in key}
+        assert lora
+        assert not any(key.startswith("sprint") for key in lora)
+        with sprint.path(model, "sparse", generator=torch.Generator().manual_seed(0)):
+            outputs.append(first_tensor(model(**arguments)))
+        outputs[-1].square().mean().backward()
+        assert all(p.grad is not None for key, p in lora.items() if "transformer_blocks.5.attn.add" not in key)
+    torch.testing.assert_close(*outputs)
+
+
+def test_save_pretrained_and_back(tmp_path):
+    import diffusers
+
+    model, arguments = wrapped("dit", init="xavier")
+    expected = first_tensor(model(**arguments))
+    model.save_pretrained(tmp_path)
+    plain = diffusers.DiTTransformer2DModel.from_pretrained(tmp_path, low_cpu_mem_usage=False)  # names its own class
+    again = sprint.wrap(plain.eval(), drop=StructuredDrop(0.75))
+    again.load_state_dict(load_file(tmp_path / "diffusion_pytorch_model.safetensors"))
+    torch.testing.assert_close(first_tensor(again(**arguments)), expected)
