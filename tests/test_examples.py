@@ -1,4 +1,4 @@
-"""The quickstart runs, resumes to the same bits, and refuses a folder of another run."""
+"""The examples run; the quickstart resumes to the same bits, and refuses a folder of another run."""
 
 import runpy
 import subprocess
@@ -46,3 +46,11 @@ def test_quickstart_resumes_where_it_was(tmp_path, monkeypatch):
 
     with pytest.raises(SystemExit, match="belongs to a run with"):
         train(60, 1, tmp_path / "halves", "cpu")
+
+
+@pytest.mark.parametrize("name", ["wrap_plain_dit", "wrap_diffusers_dit"])
+def test_wrapping_examples_run(name):
+    run = subprocess.run([sys.executable, SCRIPT.with_name(f"{name}.py")], capture_output=True, text=True, check=False)
+    assert run.returncode == 0, run.stderr
+    assert "step 9" in run.stdout
+    assert "shallow path skips the middle" in run.stdout
