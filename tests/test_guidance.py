@@ -2,12 +2,23 @@
 
 from functools import partial
 
+import hosts
 import pytest
 import torch
 from models import tiny
 from torch import nn
 
-from sprint import ClassifierFreeGuidance, PathDropGuidance, SiT, SparseDenseResidual, SparseMiddle
+from sprint import (
+    ClassifierFreeGuidance,
+    PathDropGuidance,
+    SiT,
+    SparseDenseResidual,
+    SparseGuidance,
+    SparseMiddle,
+    StructuredDrop,
+    path,
+    wrap,
+)
 from sprint.guidance import guide
 
 BOTH = pytest.mark.parametrize("guidance", [ClassifierFreeGuidance, PathDropGuidance])
@@ -137,6 +148,45 @@ def test_compiled_models(model):
     compiled = torch.compile(model, backend="aot_eager")
     for guidance in (ClassifierFreeGuidance(3.0), PathDropGuidance(3.0), PathDropGuidance(3.0, weak="same")):
         torch.testing.assert_close(guidance(compiled, X, 0.5, Y), guidance(model, X, 0.5, Y), rtol=1e-4, atol=1e-5)
+
+
+def test_rescaling_gives_the_strong_predictions_deviation():
+    weak, strong = torch.randn(2, 3, 4, 5, 5, generator=torch.Generator().manual_seed(0))
+    torch.testing.assert_close(guide(weak, strong, 3.0, rescale=1.0).flatten(1).std(1), strong.flatten(1).std(1))
+    half = guide(weak, strong, 3.0, rescale=0.5)
+    torch.testing.assert_close(half, (guide(weak, strong, 3.0) + guide(weak, strong, 3.0, rescale=1.0)) / 2)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("guidance", [ClassifierFreeGuidance, PathDropGuidance])
+def test_guidances_rescale(model, guidance):
+    plain = guidance(3.0)(model, X, 0.5, Y)
+    strong = model(X, T, Y)
+    rescaled = guidance(3.0, rescale=1.0)(model, X, 0.5, Y)
+    factor = strong.flatten(1).std(1) / plain.flatten(1).std(1)
+    torch.testing.assert_close(rescaled, plain * factor.view(-1, 1, 1, 1))
+
+
+@torch.no_grad()
+def test_sparse_guidance_of_our_model_and_of_a_wrapped_one(model):
+    drop, t = StructuredDrop(0.75), T
+    guidance = SparseGuidance(2.0, drop, generator=torch.Generator().manual_seed(0))
+    subset = drop.sample(2, (4, 4), generator=torch.Generator().manual_seed(0))
+    strong, weak = model(X, t, Y), model(X, t, Y, subset=subset)
+    torch.testing.assert_close(guidance(model, X, 0.5, Y), weak + 2 * (strong - weak))
+    assert SparseGuidance(1.0, drop)(model, X, 0.5, Y).equal(strong)
+
+    host, x, y = wrap(hosts.DiT().eval(), init="xavier"), torch.randn(2, 3, 8, 8), torch.tensor([0.5, 1.0])
+    guided = SparseGuidance(2.0, drop, generator=torch.Generator().manual_seed(0))(host, x, 0.5, y)
+    with path(host, "sparse", subset=subset):
+        weak = host(x, t, y)
+    torch.testing.assert_close(guided, weak + 2 * (host(x, t, y) - weak))
+
+
+@pytest.mark.parametrize("rescale", [-0.1, 1.1])
+def test_bad_rescaling(rescale):
+    with pytest.raises(ValueError, match=r"rescale must be from 0 \(off\) to 1"):
+        ClassifierFreeGuidance(2.0, rescale=rescale)
 
 
 @BOTH

@@ -10,7 +10,7 @@ from sprint.config import SiTConfig
 from sprint.drop import Drop, RandomDrop, StructuredDrop
 from sprint.flow import FlowMatchingLoss, LogNormalTime, LossOutput, ShiftedTime, UniformTime, repa_loss
 from sprint.fusion import MaskRestore, SparseDenseResidual, TokenRouting
-from sprint.guidance import ClassifierFreeGuidance, PathDropGuidance
+from sprint.guidance import ClassifierFreeGuidance, PathDropGuidance, SparseGuidance
 from sprint.hosts import Blocks, Host, Report, Table, check, path, register, registered, unwrap, wrap
 from sprint.interpolants import CosineInterpolant, Interpolant, LinearInterpolant
 from sprint.middle import SparseMiddle
@@ -42,6 +42,7 @@ __all__ = [
     "SiT",
     "SiTConfig",
     "SparseDenseResidual",
+    "SparseGuidance",
     "SparseMiddle",
     "State",
     "StructuredDrop",

@@ -1,48 +1,70 @@
 """Path-Drop Guidance in pipelines of diffusers, for wrapped transformers; import it as `sprint.diffusers`.
 
-Two ways, by how a pipeline guides. Pipelines that call the transformer twice announce each call with
-`cache_context("cond")` and
-`cache_context("uncond")`: `path_drop_guidance` sends the second one along the shallow path. Modular pipelines take a guider:
-`PathDropGuidance`. In both the guidance scale is the pipeline's or the guider's own, with w = 1 off.
+Three kinds of pipelines. Those that call the transformer once per branch announce each call, `cache_context("uncond")`,
+and those
+that run both branches in one batch do not: `path_drop_guidance` serves both, the pipeline unmodified. Modular pipelines
+take a
+guider: `PathDropGuidance`. The guidance scale is the pipeline's or the guider's own, with w = 1 off.
 """
 
 from collections.abc import Iterator
-from contextlib import contextmanager
-from typing import Any
+from contextlib import contextmanager, nullcontext
+from typing import Any, Literal
 
 from diffusers.guiders.classifier_free_guidance import ClassifierFreeGuidance
 
-from sprint.hosts.wrapping import path, state_of
+from sprint.hosts.wrapping import SprintState, path, state_of
 
 
 @contextmanager
-def path_drop_guidance(transformer: Any) -> Iterator[None]:
-    """Within the `with` block, a two-call pipeline's unconditional call takes the shallow path: the middle never runs.
+def path_drop_guidance(transformer: Any, *, weak_half: Literal["first", "second"] | None = None) -> Iterator[None]:
+    """Within the `with` block, a pipeline's unconditional prediction takes the shallow path: the middle never runs for it.
 
     Args:
         transformer: wrapped, as the pipeline holds it: `with path_drop_guidance(pipe.transformer): pipe(...)`.
+        weak_half: for pipelines that run both branches in one batch, the half that is unconditional: "first" in most of
+            them (SD3, PixArt, Sana, AuraFlow), "second" in DiTPipeline. None: one call per branch.
 
     Raises:
         ValueError: the transformer is not wrapped, or is no model of diffusers that announces its calls.
-        RuntimeError: on leaving, when no unconditional call was announced: guidance was off, or the pipeline batches both
-            calls.
+        RuntimeError: on leaving, when no unconditional prediction was seen: guidance was off, or the pipeline is of the
+            other kind.
     """
-    state_of(transformer)
+    state = state_of(transformer)
+    if weak_half not in (None, "first", "second"):
+        raise ValueError(f"weak_half must be 'first' or 'second', or None for pipelines of two calls, got {weak_half!r}")
+    seen = state.split_calls
+    state.weak_half = weak_half
+    try:
+        with _announced(transformer, state) if weak_half is None else nullcontext():
+            yield
+    finally:
+        state.weak_half = None
+    if state.split_calls == seen:
+        raise RuntimeError(
+            "no unconditional prediction was seen, so nothing was guided by the shallow path: set a guidance scale "
+            "above 1; for a pipeline that runs both branches in one batch, pass weak_half"
+        )
+
+
+@contextmanager
+def _announced(transformer: Any, state: SprintState) -> Iterator[None]:
+    """Calls that are announced as unconditional take the shallow path."""
     host = getattr(transformer, "cache_context", None)
     if host is None:
         raise ValueError(
-            f"{type(transformer).__name__} has no cache_context: guide it with sprint.PathDropGuidance and sprint.sample"
+            f"{type(transformer).__name__} has no cache_context, so no pipeline announces its calls: pass "
+            f"weak_half for a pipeline "
+            "that runs both branches in one batch, or guide it with sprint.PathDropGuidance and sprint.sample"
         )
-    calls = 0
 
     @contextmanager
     def announced(name: str, **kwargs: Any) -> Iterator[None]:
-        nonlocal calls
         with host(name, **kwargs):
             if name != "uncond":
                 yield
                 return
-            calls += 1
+            state.split_calls += 1
             with path(transformer, "shallow"):
                 yield
 
@@ -51,12 +73,6 @@ def path_drop_guidance(transformer: Any) -> Iterator[None]:
         yield
     finally:
         del transformer.__dict__["cache_context"]
-    if calls == 0:
-        raise RuntimeError(
-            "the pipeline announced no unconditional call, so nothing was guided by the shallow path: set "
-            "a guidance scale above 1 and a "
-            "negative prompt, or use a pipeline that calls the transformer once for each branch"
-        )
 
 
 class PathDropGuidance(ClassifierFreeGuidance):

@@ -17,6 +17,8 @@ from typing import Any, Literal, Protocol
 import torch
 from torch import Tensor, nn
 
+from sprint.drop import Drop
+
 Weak = Literal["null", "same"]
 
 
@@ -28,14 +30,26 @@ class Guidance(Protocol):
         ...
 
 
-def guide(weak: Tensor, strong: Tensor, scale: float) -> Tensor:
-    """`weak + scale (strong − weak)`.
+def guide(weak: Tensor, strong: Tensor, scale: float, *, rescale: float = 0.0) -> Tensor:
+    """`weak + scale (strong − weak)`, its standard deviation moved towards that of `strong`.
+
+    Args:
+        weak: (B, *).
+        strong: (B, *).
+        scale: w; 1 gives `strong`.
+        rescale: 0 leaves the result as it is, 1 gives each sample the standard deviation of `strong`, against
+            overexposure at high scales (arXiv 2305.08891, equations 14 to 16).
 
     Examples:
         >>> guide(torch.tensor(1.0), torch.tensor(2.0), 3.0)
         tensor(4.)
     """
-    return weak + scale * (strong - weak)
+    guided = weak + scale * (strong - weak)
+    if rescale == 0:
+        return guided
+    dims = tuple(range(1, guided.ndim))
+    factor = strong.std(dims, keepdim=True) / guided.std(dims, keepdim=True)
+    return guided * (1 - rescale + rescale * factor)
 
 
 def predict(model: Callable[..., Any], x: Tensor, t: float, y: Any, **options: Any) -> Any:
@@ -52,15 +66,16 @@ class ClassifierFreeGuidance:
         scale: w; 1 is off and calls the model once.
         interval: guide only while low <= t <= high (arXiv 2404.07724), with t = 0 data and 1 noise.
         null: null condition, (B, *) or (1, *), or whatever the model takes as y; by default `model.null_condition(B)`.
+        rescale: 0 to 1, as in `guide`.
     """
 
     scale: float
     interval: tuple[float, float] = (0.0, 1.0)
     null: Any = None
+    rescale: float = 0.0
 
     def __post_init__(self) -> None:
-        _check_scale(self.scale)
-        _check_interval(self.interval)
+        _check(self.scale, self.interval, self.rescale)
 
     def __call__(self, model: Callable[..., Any], x: Tensor, t: float, y: Any) -> Tensor:
         """Guided prediction at x (B, *) and time t with condition y.
@@ -71,7 +86,7 @@ class ClassifierFreeGuidance:
         if not _acts(self.scale, self.interval, t):
             return predict(model, x, t, y)
         null = _null(model, self.null, y, len(x))
-        return guide(predict(model, x, t, null), predict(model, x, t, y), self.scale)
+        return guide(predict(model, x, t, null), predict(model, x, t, y), self.scale, rescale=self.rescale)
 
 
 @dataclass(frozen=True, eq=False)
@@ -85,16 +100,17 @@ class PathDropGuidance:
         weak: condition of the weak prediction: "null" as in the paper, or "same", which needs no null condition and lets a
             `SiT` run its encoder once for both predictions (28 + 2 blocks for XL/2 instead of 28 + 4).
         null: as in `ClassifierFreeGuidance`.
+        rescale: 0 to 1, as in `guide`.
     """
 
     scale: float
     interval: tuple[float, float] = (0.0, 1.0)
     weak: Weak = "null"
     null: Any = None
+    rescale: float = 0.0
 
     def __post_init__(self) -> None:
-        _check_scale(self.scale)
-        _check_interval(self.interval)
+        _check(self.scale, self.interval, self.rescale)
         if self.weak not in ("null", "same"):
             raise ValueError(f"weak must be 'null' or 'same', got {self.weak!r}")
         if self.weak == "same" and self.null is not None:
@@ -111,11 +127,50 @@ class PathDropGuidance:
         middle = _middle(model)
         if self.weak == "same" and getattr(unwrapped(model), "shares_encoder", False):
             strong, weak = predict(model, x, t, y, path="both")
-            return guide(weak, strong, self.scale)
+            return guide(weak, strong, self.scale, rescale=self.rescale)
         condition = y if self.weak == "same" else _null(model, self.null, y, len(x))
         strong = predict(model, x, t, y)
         with middle.routed(path="shallow"):
-            return guide(predict(model, x, t, condition), strong, self.scale)
+            return guide(predict(model, x, t, condition), strong, self.scale, rescale=self.rescale)
+
+
+@dataclass(frozen=True, eq=False)
+class SparseGuidance:
+    """Guidance whose weak prediction runs with most tokens dropped, same condition (Sparse Guidance, arXiv 2601.01608).
+
+    Args:
+        scale: w; 1 is off and calls the model once.
+        drop: drop sampler of the weak prediction.
+        interval: guide only while low <= t <= high, with t = 0 data and 1 noise.
+        rescale: 0 to 1, as in `guide`.
+        generator: for the draws.
+    """
+
+    scale: float
+    drop: Drop
+    interval: tuple[float, float] = (0.0, 1.0)
+    rescale: float = 0.0
+    generator: torch.Generator | None = None
+
+    def __post_init__(self) -> None:
+        _check(self.scale, self.interval, self.rescale)
+
+    def __call__(self, model: Callable[..., Any], x: Tensor, t: float, y: Any) -> Tensor:
+        """Guided prediction at x (B, *) and time t with condition y.
+
+        Raises:
+            ValueError: the model has no sparse middle.
+        """
+        if not _acts(self.scale, self.interval, t):
+            return predict(model, x, t, y)
+        part, host = _middle(model), unwrapped(model)
+        strong = predict(model, x, t, y)
+        route: dict[str, Any] = {"drop": self.drop, "generator": self.generator}
+        if hasattr(host, "token_grid"):  # our SiT takes the subset, a wrapped model draws it when it knows its tokens
+            grid = host.token_grid(x)
+            route = {"subset": self.drop.sample(len(x), grid, device=x.device, generator=self.generator)}
+        with part.routed(path="sparse", **route):
+            return guide(predict(model, x, t, y), strong, self.scale, rescale=self.rescale)
 
 
 def unwrapped(model: Any) -> Any:
@@ -155,11 +210,10 @@ def _middle(model: Any) -> Any:
     return found[0]
 
 
-def _check_scale(scale: float) -> None:
+def _check(scale: float, interval: tuple[float, float], rescale: float) -> None:
     if not math.isfinite(scale):
         raise ValueError(f"scale must be a finite number, 1 for off, got {scale}")
-
-
-def _check_interval(interval: tuple[float, float]) -> None:
+    if not 0 <= rescale <= 1:
+        raise ValueError(f"rescale must be from 0 (off) to 1, got {rescale}")
     if len(interval) != 2 or not 0 <= interval[0] <= interval[1] <= 1:
         raise ValueError(f"interval must be (low, high) with 0 <= low <= high <= 1 (0 data, 1 noise), got {interval}")

@@ -80,7 +80,7 @@ def test_the_pipeline_computes_path_drop_guidance(wan):
 
 def test_guidance_that_does_nothing_is_an_error(wan):
     pipe, call = wan
-    with pytest.raises(RuntimeError, match="announced no unconditional call"), path_drop_guidance(pipe.transformer):
+    with pytest.raises(RuntimeError, match="no unconditional prediction was seen"), path_drop_guidance(pipe.transformer):
         run(pipe, call, guidance_scale=1.0)
     assert "cache_context" not in pipe.transformer.__dict__
 
@@ -129,3 +129,77 @@ def test_guider_outside_its_interval_takes_the_full_path():
     assert guider.num_conditions == 1
     guider.cleanup_models(transformer)
     assert first_tensor(transformer(**arguments)).isfinite().all()
+
+
+# pipelines that run both branches in one batch
+
+
+def sd3_pipeline():
+    transformer, _ = CASES["sd3"]()
+    pipe = diffusers.StableDiffusion3Pipeline(
+        sprint.wrap(transformer, drop=StructuredDrop(0.75), init="xavier"),
+        diffusers.FlowMatchEulerDiscreteScheduler(), None, None, None, None, None, None, None,
+    )  # fmt: skip
+    pipe.set_progress_bar_config(disable=True)
+    noise = torch.Generator().manual_seed(0)
+    call = {name: torch.randn(1, 5, 12, generator=noise) for name in ("prompt_embeds", "negative_prompt_embeds")}
+    call |= {f"{name}pooled_prompt_embeds": torch.randn(1, 10, generator=noise) for name in ("", "negative_")}
+    return pipe, call | {"height": 64, "width": 64, "num_inference_steps": 3, "output_type": "latent"}
+
+
+def test_an_unmodified_pipeline_of_one_batch():
+    pipe, call = sd3_pipeline()
+    rows = []
+    pipe.transformer.transformer_blocks[2].register_forward_hook(lambda m, a, output: rows.append(len(output[1])))
+    generator = torch.Generator().manual_seed(1)
+    with path_drop_guidance(pipe.transformer, weak_half="first"):
+        guided = pipe(**call, guidance_scale=3.0, generator=generator).images
+    assert rows == [1] * 3  # the middle saw the conditional rows only
+    x = torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(1))
+    for sigma, following in zip(pipe.scheduler.sigmas[:-1], pipe.scheduler.sigmas[1:], strict=True):
+
+        def velocity(prefix, x=x, sigma=sigma):
+            text, pooled = call[f"{prefix}prompt_embeds"], call[f"{prefix}pooled_prompt_embeds"]
+            return pipe.transformer(x, text, pooled, sigma[None] * 1000, return_dict=False)[0].detach()
+
+        strong = velocity("")
+        with sprint.path(pipe.transformer, "shallow"):
+            weak = velocity("negative_")
+        x = x + (following - sigma) * (weak + 3 * (strong - weak))
+    torch.testing.assert_close(guided, x, rtol=1e-4, atol=1e-4)  # float32
+
+
+def test_one_batch_without_guidance_is_an_error():
+    pipe, call = sd3_pipeline()
+    with (
+        pytest.raises(RuntimeError, match="no unconditional prediction was seen"),
+        path_drop_guidance(pipe.transformer, weak_half="first"),
+    ):
+        pipe(**call, guidance_scale=1.0)
+    with pytest.raises(ValueError, match="no cache_context.*pass weak_half"), path_drop_guidance(pipe.transformer):
+        pass
+    with (
+        pytest.raises(ValueError, match="weak_half must be 'first' or 'second'"),
+        path_drop_guidance(pipe.transformer, weak_half="third"),
+    ):
+        pass
+
+
+@pytest.mark.parametrize(
+    "name", ["dit", "pixart", "flux", "chroma", "auraflow", "cogvideox", "wan", "hunyuan_video", "ltx", "prx"]
+)
+@pytest.mark.parametrize("half", ["first", "second"])
+@torch.no_grad()
+def test_half_a_batch_is_the_shallow_path_and_the_other_the_full(name, half):
+    model, arguments = CASES[name]()
+    sprint.wrap(model, drop=StructuredDrop(0.75), init="xavier")
+    first = next(iter(arguments))
+    arguments[first] = arguments[first][:1].expand_as(arguments[first]).clone()  # the same input twice
+    full = first_tensor(model(**arguments))
+    with sprint.path(model, "shallow"):
+        shallow = first_tensor(model(**arguments))
+    with path_drop_guidance(model, weak_half=half):
+        both = first_tensor(model(**arguments))
+    weak, strong = (0, 1) if half == "first" else (1, 0)
+    torch.testing.assert_close(both[weak], shallow[weak], rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(both[strong], full[strong], rtol=1e-4, atol=1e-5)

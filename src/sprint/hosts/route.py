@@ -8,15 +8,16 @@ A route belongs to one call: a checkpointed recomputation finds the subset that 
 """
 
 import math
-from collections.abc import Callable, Sequence
-from dataclasses import replace
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
 from sprint.drop import StructuredDrop
-from sprint.hosts.declare import Arguments, Blocks, Stream, Table
+from sprint.hosts.declare import Arguments, Stream
+from sprint.hosts.places import Place
+from sprint.hosts.tables import gather_rows
 from sprint.random import uniform
 from sprint.tokens import TokenSubset
 
@@ -27,7 +28,7 @@ if TYPE_CHECKING:
 class Bound:
     """A block on its route: called like the block, and otherwise the block itself."""
 
-    def __init__(self, block: nn.Module, place: "Place", index: int, route: "Route") -> None:
+    def __init__(self, block: nn.Module, place: Place, index: int, route: "Route") -> None:
         self.block, self.place, self.index, self.route = block, place, index, route
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
@@ -39,61 +40,6 @@ class Bound:
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self.block, name)
-
-
-class Place:
-    """Where a run of blocks keeps its arguments."""
-
-    def __init__(self, blocks: Blocks, parameters: Sequence[str]) -> None:
-        self.blocks, self.parameters = blocks, list(parameters)
-        self.image = blocks.image or self.parameters[0]
-        for name in (self.image, blocks.text, *blocks.tables, *(blocks.sides or ())):
-            if name is not None and name not in self.parameters:
-                raise ValueError(
-                    f"blocks {blocks.name!r} have no parameter {name!r}, they take {', '.join(self.parameters)}: "
-                    "correct the declaration"
-                )
-
-    def named(self, args: tuple, kwargs: dict) -> dict[str, Any]:
-        """The arguments by name; positional ones beyond the named parameters keep their number."""
-        named: dict[str, Any] = dict(zip(self.parameters, args, strict=False))
-        named |= {str(i): value for i, value in enumerate(args) if i >= len(self.parameters)}
-        return {**named, **kwargs}
-
-    def call(self, block: Callable[..., Any], named: dict[str, Any], args: tuple, kwargs: dict) -> Any:
-        """Call with changed arguments, each passed as it came: by position or by name."""
-        names = [self.parameters[i] if i < len(self.parameters) else str(i) for i in range(len(args))]
-        return block(*[named[name] for name in names], **{name: named[name] for name in kwargs})
-
-
-class Rows:
-    """A table without a batch axis, gathered for each sample: (B, K, *) that indexes and broadcasts like the (K, *) it
-    replaces.
-
-    Models lift such a table over the batch themselves, with `table[None, :, None]` or `table.unsqueeze(1)`; here the
-    leading axis that they add is the batch, which is already there.
-    """
-
-    def __init__(self, rows: Tensor) -> None:
-        self.rows = rows
-
-    def __getitem__(self, index: Any) -> Tensor:
-        index = index if isinstance(index, tuple) else (index,)
-        if index[0] is not None:
-            raise TypeError(
-                "a rotary table was indexed in a way that cannot be done with one row set per sample: "
-                "wrap with a drop sampler "
-                "that is shared by the batch, StructuredDrop(…, shared=True)"
-            )
-        return self.rows[(slice(None), *index[1:])]
-
-    def unsqueeze(self, dim: int) -> Tensor:
-        """As of the (K, *) table, with the batch in front; dim 0 adds the batch itself."""
-        return self.rows if dim == 0 else self.rows.unsqueeze(dim + 1 if dim > 0 else dim)
-
-    def to(self, *args: Any, **kwargs: Any) -> "Rows":
-        """As `Tensor.to`."""
-        return Rows(self.rows.to(*args, **kwargs))
 
 
 class Route:
@@ -108,6 +54,7 @@ class Route:
         self.text: Tensor | None = None
         self.dropped: Tensor | None = None
         self.tables: dict[str, tuple[Any, Any]] = {}
+        self.strong: slice | None = None  # rows that run the middle, when one half of the batch takes the shallow path
         self.fused = False
         self.single: dict[str, tuple[Place, int]] = {}  # runs of a single block, by attribute
         self._refuse()
@@ -127,6 +74,8 @@ class Route:
             passed = [named[names[part]] for part in place.blocks.returns]
             output = tuple(passed) if len(passed) > 1 else passed[0]
         else:
+            if self.strong is not None:
+                self._take_strong(place, named)
             if self.path == "sparse":
                 self._gather(place, named, entering=bound.index == first)
             output = place.call(block, named, args, kwargs)
@@ -164,6 +113,7 @@ class Route:
             dropped = uniform((len(image),), device=image.device, generator=self.generator) < self.state.path_drop
         if self.shallow is not None:
             return
+        self._split_batch(len(image))
         self.shallow, self.text, self.dropped = image, text, dropped
         if subset is not None:
             self.subset = self._in_cells(subset) if place.blocks.sides else subset
@@ -182,7 +132,8 @@ class Route:
             if value is None:
                 continue
             if name not in self.tables or self.tables[name][0] is not value:
-                self.tables[name] = (value, self._rows(name, value, table))
+                shared = bool(getattr(self.drop, "shared", False))
+                self.tables[name] = (value, gather_rows(value, table, self.subset, name=name, shared=shared))
             named[name] = self.tables[name][1]
         if place.blocks.sides is not None:
             group = self._cells()
@@ -196,6 +147,8 @@ class Route:
         text = parts.get("text", text)
         self.length, self.fused = self.num_tokens or 0, True
         assert self.shallow is not None
+        if self.strong is not None:
+            image, text = self._all_rows(image, text)
         if self.path == "shallow":
             image = self.state.fusion(self.shallow)
         else:
@@ -206,6 +159,43 @@ class Route:
         if "text" in parts:
             parts["text"] = text
         return tuple(parts.values()) if len(parts) > 1 else parts["image"]
+
+    def _split_batch(self, batch: int) -> None:
+        """Decide whether this batch holds both guidance branches: the same input twice, in two halves."""
+        if self.state.weak_half is None or self.path != "full" or batch % 2:
+            return
+        x = next(iter(self.arguments.values()))
+        if not isinstance(x, Tensor) or len(x) != batch or not torch.equal(x[: batch // 2], x[batch // 2 :]):
+            return
+        self.strong = slice(batch // 2, None) if self.state.weak_half == "first" else slice(0, batch // 2)
+        self.state.split_calls += 1
+
+    def _take_strong(self, place: Place, named: dict[str, Any]) -> None:
+        assert self.shallow is not None
+        batch, strong = len(self.shallow), self.strong
+
+        def take(value: Any) -> Any:
+            if isinstance(value, tuple | list):
+                return type(value)(take(item) for item in value)
+            return value[strong] if isinstance(value, Tensor) and value.ndim and len(value) == batch else value
+
+        for name, value in named.items():
+            table = place.blocks.tables.get(name)
+            if table is None or table.batched:
+                named[name] = take(value)
+
+    def _all_rows(self, image: Tensor, text: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        """Back to the whole batch, whose weak half has lost its deep path."""
+        assert self.shallow is not None
+        assert self.strong is not None
+        whole = torch.zeros_like(self.shallow)
+        whole[self.strong] = image
+        self.dropped = torch.ones(len(whole), dtype=torch.bool, device=whole.device)
+        self.dropped[self.strong] = False
+        if text is not None and self.text is not None:
+            text, strong_text = self.text.clone(), text
+            text[self.strong] = strong_text
+        return whole, text
 
     def _split(self, stream: Stream, tokens: Tensor) -> tuple[Tensor, Tensor | None]:
         if stream == "image":
@@ -218,34 +208,6 @@ class Route:
         if stream == "image" or text is None:
             return image
         return torch.cat([text, image] if stream == "text+image" else [image, text], dim=1)
-
-    def _rows(self, name: str, value: Any, table: Table) -> Any:
-        """The rows of the kept tokens, and of all text tokens."""
-        assert self.subset is not None
-        if isinstance(value, tuple | list):
-            chosen = range(len(value)) if table.item is None else (table.item,)
-            plain = replace(table, item=None)
-            return type(value)(self._rows(name, x, plain) if i in chosen else x for i, x in enumerate(value))
-        if (
-            not isinstance(value, Tensor)
-            or (table.ndim is not None and value.ndim != table.ndim)
-            or value.shape[table.dim] == 1
-        ):
-            return value
-        rows, num_tokens = value.shape[table.dim], self.num_tokens or 0
-        if rows < num_tokens or (table.stream == "image" and rows != num_tokens):
-            raise ValueError(
-                f"argument {name!r} has {rows} rows along axis {table.dim}, expected {num_tokens} ({table.stream}): "
-                "correct its Table in the declaration"
-            )
-        subset = self.subset if table.stream == "image" else _with_text(self.subset, rows, table.stream)
-        if not table.batched:
-            if getattr(self.drop, "shared", False):
-                return value.index_select(table.dim, subset.keep[0])
-            lifted = value.movedim(table.dim, 0)[None]  # (1, N, *)
-            rows_of_each = subset.gather(lifted).movedim(1, table.dim + 1)  # (B, K, *)
-            return rows_of_each if table.broadcast else Rows(rows_of_each)
-        return subset.gather(value.movedim(table.dim, 1)).movedim(1, table.dim)
 
     def _refuse_undeclared(self, place: Place, named: dict[str, Any]) -> None:
         per_sample = named[place.image].shape[::2]  # (B, C): a condition
@@ -304,12 +266,3 @@ class Route:
         row, column = subset.keep // width, subset.keep % width
         order = (row // rows * (width // columns) + column // columns).argsort(dim=1)
         return TokenSubset(subset.keep.gather(1, order), subset.num_tokens)
-
-
-def _with_text(subset: TokenSubset, rows: int, stream: Stream) -> TokenSubset:
-    """The subset of a joint stream that keeps all text."""
-    texts, batch = rows - subset.num_tokens, len(subset.keep)
-    text = torch.arange(texts, device=subset.keep.device)
-    if stream == "text+image":
-        return TokenSubset(torch.cat([text.expand(batch, -1), subset.keep + texts], dim=1), rows)
-    return TokenSubset(torch.cat([subset.keep, (text + subset.num_tokens).expand(batch, -1)], dim=1), rows)

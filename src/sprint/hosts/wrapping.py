@@ -18,13 +18,12 @@ from torch import nn
 from sprint.drop import Drop
 from sprint.fusion import Init, MaskRestore, SparseDenseResidual, TokenRouting
 from sprint.hosts.declare import Host, declaration
-from sprint.hosts.route import Bound, Place, Route
+from sprint.hosts.places import Place, find_places, parameter_of, width_of
+from sprint.hosts.route import Bound, Route
 from sprint.middle import Path
 from sprint.tokens import TokenSubset
 
 Merge = Literal["residual", "routing", "mask"]
-
-_WIDTHS = ("inner_dim", "hidden_size", "embed_dim", "width", "dim")
 
 
 class SprintState(nn.Module):
@@ -38,6 +37,10 @@ class SprintState(nn.Module):
         self.first = self.last = 0  # middle blocks
         self.drop: Drop | None = None
         self.grid: tuple[int, ...] | None = None
+        self.weak_half: Literal["first", "second"] | None = (
+            None  # of a batch of both guidance branches: takes the shallow path
+        )
+        self.split_calls = 0
         self.route: tuple[Path, TokenSubset | None, Drop | None, torch.Generator | None] = ("full", None, None, None)
 
     def arguments(self, args: tuple, kwargs: Mapping[str, Any]) -> dict[str, Any]:
@@ -90,14 +93,14 @@ def wrap(
     if merge not in get_args(Merge):
         raise ValueError(f"unknown merge {merge!r}: choose one of {', '.join(get_args(Merge))}")
     found, declared = (host, True) if host is not None else declaration(model)
-    places, depth = _places(model, found)
+    places, depth = find_places(model, found)
     if min(encoder_depth, decoder_depth) < 0 or encoder_depth + decoder_depth >= depth:
         raise ValueError(
             f"encoder_depth={encoder_depth} and decoder_depth={decoder_depth} leave no middle of the {depth} blocks of "
             f"{type(model).__name__}: choose smaller ones"
         )
-    like = _like(model)
-    width = _width(model, found)
+    like = parameter_of(model)
+    width = width_of(model, found)
     fusions = {
         "residual": lambda: SparseDenseResidual(width, path_drop=path_drop, init=init, learnable_mask=bool(learnable_mask)),
         "routing": lambda: TokenRouting(width, path_drop=path_drop),
@@ -293,58 +296,3 @@ def _wrapped(base: type) -> type:
 
     members = {"forward": forward, "__module__": base.__module__, "__qualname__": base.__qualname__, "__doc__": base.__doc__}
     return type(base.__name__, (_Wrapped, base), members)
-
-
-def _places(model: nn.Module, host: Host) -> tuple[list[tuple[Place, int]], int]:
-    places, count = [], 0
-    for blocks in host.blocks:
-        try:
-            run = model.get_submodule(blocks.name)
-        except AttributeError as error:
-            raise ValueError(
-                f"{type(model).__name__} has no blocks at {blocks.name!r}, as its declaration says: correct the declaration"
-            ) from error
-        members = list(run) if isinstance(run, nn.ModuleList | nn.Sequential) else [run]
-        if not members:
-            continue
-        block = members[0]
-        for wrapper in ("_checkpoint_wrapped_module", "_orig_mod"):
-            block = getattr(block, wrapper, block)
-        kinds = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
-        names = [name for name, p in inspect.signature(block.forward).parameters.items() if p.kind in kinds]
-        places.append((Place(blocks, names), count))
-        count += len(members)
-    return places, count
-
-
-def _like(model: nn.Module) -> torch.Tensor:
-    devices = {parameter.device for parameter in model.parameters()}
-    if len(devices) != 1:
-        raise ValueError(
-            f"the model's parameters are on {sorted(map(str, devices)) or 'no device'}: move it to one device first"
-        )
-    return next(parameter for parameter in model.parameters() if parameter.is_floating_point())
-
-
-def _width(model: Any, host: Host) -> int:
-    if callable(host.width):
-        return host.width(model)
-    names = (host.width,) if host.width else _WIDTHS
-    for source in (model, getattr(model, "config", None)):
-        for name in names:
-            first, *_ = name.split(".")
-            # Looked up only where it is defined: diffusers' models pass their configuration on, with a warning.
-            if (
-                first in getattr(source, "__dict__", ())
-                or first in getattr(source, "_modules", ())
-                or hasattr(type(source), first)
-            ):
-                value = functools.reduce(lambda owner, part: getattr(owner, part, None), name.split("."), source)
-                if isinstance(value, int):
-                    return value
-    heads, head = (
-        getattr(getattr(model, "config", None), name, None) for name in ("num_attention_heads", "attention_head_dim")
-    )
-    if isinstance(heads, int) and isinstance(head, int):
-        return heads * head
-    raise ValueError(f"the token width of {type(model).__name__} is unknown: declare it, sprint.Host(…, width='attribute')")
