@@ -54,3 +54,10 @@ def test_wrapping_examples_run(name):
     assert run.returncode == 0, run.stderr
     assert "step 9" in run.stdout
     assert "shallow path skips the middle" in run.stdout
+
+
+@pytest.mark.parametrize(("name", "says"), [("lora_sd3", "tensors of the adapters"), ("pdg_pipeline", "PDG: ")])
+def test_diffusers_examples_run(name, says):
+    run = subprocess.run([sys.executable, SCRIPT.with_name(f"{name}.py")], capture_output=True, text=True, check=False)
+    assert run.returncode == 0, run.stderr
+    assert says in run.stdout

@@ -1,0 +1,46 @@
+"""LoRA on a wrapped SD3 transformer: adapters and the fusion learn on a quarter of the tokens, the rest is frozen.
+
+python examples/lora_sd3.py
+"""
+
+from typing import Any
+
+import torch
+from diffusers.models.transformers.transformer_sd3 import SD3Transformer2DModel
+from peft import LoraConfig, get_peft_model_state_dict
+
+import sprint
+
+torch.manual_seed(0)
+model: Any = SD3Transformer2DModel(  # small and random: take SD3Transformer2DModel.from_pretrained(...) for yours
+    sample_size=32,
+    num_layers=8,
+    attention_head_dim=32,
+    num_attention_heads=4,
+    joint_attention_dim=64,
+    caption_projection_dim=128,
+    pooled_projection_dim=64,
+    in_channels=4,
+    out_channels=4,
+)
+model.requires_grad_(False)
+model.add_adapter(LoraConfig(r=8, target_modules=["to_q", "to_k", "to_v"]))
+sprint.wrap(model, encoder_depth=2, decoder_depth=2, drop=sprint.StructuredDrop(0.75), path_drop=0.0)
+
+learned = [parameter for parameter in model.parameters() if parameter.requires_grad]
+print(f"{sum(p.numel() for p in learned):,} of {sum(p.numel() for p in model.parameters()):,} parameters learn")
+optimizer = torch.optim.AdamW(learned, lr=1e-3)
+latents, text, pooled = torch.randn(4, 4, 32, 32), torch.randn(4, 20, 64), torch.randn(4, 64)
+for step in range(10):
+    t, noise = torch.rand(4), torch.randn_like(latents)
+    x = torch.lerp(latents, noise, t.view(-1, 1, 1, 1))
+    with sprint.path(model, "sparse" if step < 8 else "full"):
+        v = model(x, text, pooled, t * 1000).sample
+    loss = (v - (noise - latents)).square().mean()
+    optimizer.zero_grad()
+    loss.backward()
+    optimizer.step()
+    print(f"step {step}: loss {loss.item():.3f}")
+
+adapters, fusion = get_peft_model_state_dict(model), model.sprint.state_dict()  # what to save
+print(f"saved: {len(adapters)} tensors of the adapters, {len(fusion)} of the fusion")
