@@ -35,8 +35,8 @@ ALLOWED = {
     "hosts.places": {"hosts.declare"},
     "hosts.tables": {"hosts.declare", "tokens"},
     "hosts.route": {"drop", "hosts.declare", "hosts.places", "hosts.tables", "random", "tokens"},
-    "hosts.wrapping": {"drop", "fusion", "hosts.declare", "hosts.places", "hosts.route", "middle", "tokens"},
-    "diffusers": {"hosts.wrapping"},
+    "hosts.wrapping": {"checkpoint", "drop", "fusion", "hosts.declare", "hosts.places", "hosts.route", "middle", "tokens"},
+    "diffusers": {"checkpoint", "drop", "hosts.wrapping"},
     "hosts.check": {"hosts.wrapping", "random", "tokens"},
 }
 CORE = {"torch", "einops", "safetensors", "numpy"}

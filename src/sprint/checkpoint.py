@@ -8,7 +8,7 @@ as JSON, so that nothing is ever unpickled.
 import json
 import os
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +30,18 @@ def write_tensors(path: PathLike, tensors: Mapping[str, Tensor], metadata: Mappi
         tensors: on any device; written contiguous, each with its own dtype.
         metadata: text by name.
     """
+    # Cloned, because safetensors refuses tensors that share memory, and two names of one parameter are legitimate.
+    own = {name: tensor.detach().cpu().clone(memory_format=torch.contiguous_format) for name, tensor in tensors.items()}
+    _write(path, lambda temporary: save_file(own, temporary, metadata=dict(metadata or {})))
+
+
+def write_text(path: PathLike, text: str) -> None:
+    """Write a text file atomically."""
+    _write(path, lambda temporary: Path(temporary).write_text(text, encoding="utf-8"))
+
+
+def _write(path: PathLike, fill: Callable[[str], Any]) -> None:
+    """Let `fill` write a temporary file in the same folder, then put it in the place of `path`."""
     target = Path(path)
     if target.is_dir():
         raise ValueError(f"cannot write {target}: it is a folder, add a file name")
@@ -38,9 +50,7 @@ def write_tensors(path: PathLike, tensors: Mapping[str, Tensor], metadata: Mappi
     handle, temporary = tempfile.mkstemp(prefix=f".{target.name}.", suffix=".tmp", dir=target.parent)
     os.close(handle)
     try:
-        # Cloned, because safetensors refuses tensors that share memory, and two names of one parameter are legitimate.
-        own = {name: tensor.detach().cpu().clone(memory_format=torch.contiguous_format) for name, tensor in tensors.items()}
-        save_file(own, temporary, metadata=dict(metadata or {}))
+        fill(temporary)
         with open(temporary, "rb") as file:
             os.fsync(file.fileno())
         mask = os.umask(0)

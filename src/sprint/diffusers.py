@@ -7,13 +7,17 @@ take a
 guider: `PathDropGuidance`. The guidance scale is the pipeline's or the guider's own, with w = 1 off.
 """
 
+import json
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
+from pathlib import Path
 from typing import Any, Literal
 
 from diffusers.guiders.classifier_free_guidance import ClassifierFreeGuidance
 
-from sprint.hosts.wrapping import SprintState, path, state_of
+from sprint.checkpoint import PathLike, load_weights, read_tensors
+from sprint.drop import Drop
+from sprint.hosts.wrapping import OPTIONS_FILE, SprintState, path, state_of, wrap
 
 
 @contextmanager
@@ -95,3 +99,36 @@ class PathDropGuidance(ClassifierFreeGuidance):
             self._route.__exit__()
             self._route = None
         super().cleanup_models(denoiser)
+
+
+def from_pretrained(model_class: Any, folder: PathLike, *, drop: Drop | None = None, **options: Any) -> Any:
+    """Load a wrapped model that was saved with its `save_pretrained`: host, wrapping and fusion.
+
+    Args:
+        model_class: class of the host, such as `SD3Transformer2DModel`.
+        folder: local folder.
+        drop: drop sampler of the sparse path (not in the file).
+        **options: of `model_class.from_pretrained`.
+
+    Raises:
+        FileNotFoundError: the folder holds no wrapped model.
+        ValueError: its tensors do not fit.
+    """
+    source = Path(folder)
+    if not (source / OPTIONS_FILE).is_file():
+        raise FileNotFoundError(
+            f"{source} has no {OPTIONS_FILE}, so no wrapped model was saved there: load it with "
+            f"{model_class.__name__}.from_pretrained and wrap it"
+        )
+    saved = json.loads((source / OPTIONS_FILE).read_text(encoding="utf-8"))
+    if saved["grid"] is not None:
+        saved["grid"] = tuple(saved["grid"])
+    model = wrap(model_class.from_pretrained(source, **options), drop=drop, **saved)
+    fusion = {
+        name.removeprefix("sprint."): tensor
+        for file in source.glob("*.safetensors")
+        for name, tensor in read_tensors(file)[0].items()
+        if name.startswith("sprint.")
+    }
+    load_weights(model.sprint, fusion, source=str(source))
+    return model

@@ -3,14 +3,15 @@
 import pytest
 import torch
 from architectures import CASES
-from safetensors.torch import load_file
 
 import sprint
 from sprint import RandomDrop, StructuredDrop
 from sprint.hosts.check import first_tensor
 
-pytest.importorskip("diffusers")
+diffusers = pytest.importorskip("diffusers")
 pytest.importorskip("timm")
+
+from sprint.diffusers import from_pretrained  # noqa: E402
 
 GRIDS = dict.fromkeys(("flux", "chroma", "flux2"), (4, 4))  # packed latents whose arguments do not tell their grid
 architectures = pytest.mark.parametrize("name", CASES)
@@ -176,13 +177,24 @@ def test_lora_before_and_after_wrapping():
     torch.testing.assert_close(*outputs)
 
 
-def test_save_pretrained_and_back(tmp_path):
-    import diffusers
-
-    model, arguments = wrapped("dit", init="xavier")
-    expected = first_tensor(model(**arguments))
+@pytest.mark.parametrize(("name", "kind"), [("dit", "DiTTransformer2DModel"), ("flux", "FluxTransformer2DModel")])
+@pytest.mark.parametrize("merge", ["residual", "routing", "mask"])
+@torch.no_grad()
+def test_save_pretrained_and_back(name, kind, merge, tmp_path):
+    model, arguments = wrapped(name, init="xavier", merge=merge, encoder_depth=1)
     model.save_pretrained(tmp_path)
-    plain = diffusers.DiTTransformer2DModel.from_pretrained(tmp_path, low_cpu_mem_usage=False)  # names its own class
-    again = sprint.wrap(plain.eval(), drop=StructuredDrop(0.75))
-    again.load_state_dict(load_file(tmp_path / "diffusion_pytorch_model.safetensors"))
-    torch.testing.assert_close(first_tensor(again(**arguments)), expected)
+    again = from_pretrained(getattr(diffusers, kind), tmp_path, drop=StructuredDrop(0.75))
+    if name == "dit":
+        for block in again.transformer_blocks:
+            block.norm1.emb.class_embedder.dropout_prob = 0.0
+    for path in ("full", "sparse", "shallow"):
+        generator = [torch.Generator().manual_seed(0) for _ in range(2)]
+        with sprint.path(model, path, generator=generator[0]), sprint.path(again.eval(), path, generator=generator[1]):
+            assert first_tensor(again(**arguments)).equal(first_tensor(model(**arguments)))
+
+
+def test_folders_without_a_wrapped_model(tmp_path):
+    model, _ = CASES["dit"]()
+    model.save_pretrained(tmp_path)
+    with pytest.raises(FileNotFoundError, match="no sprint.json, so no wrapped model was saved there"):
+        from_pretrained(diffusers.DiTTransformer2DModel, tmp_path)

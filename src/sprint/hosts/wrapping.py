@@ -9,12 +9,15 @@ mask token, under `sprint.`.
 
 import functools
 import inspect
+import json
+import pathlib
 from collections.abc import Iterator, Mapping
 from typing import Any, Literal, get_args
 
 import torch
 from torch import nn
 
+from sprint.checkpoint import write_text
 from sprint.drop import Drop
 from sprint.fusion import Init, MaskRestore, SparseDenseResidual, TokenRouting
 from sprint.hosts.declare import Host, declaration
@@ -24,6 +27,8 @@ from sprint.middle import Path
 from sprint.tokens import TokenSubset
 
 Merge = Literal["residual", "routing", "mask"]
+
+OPTIONS_FILE = "sprint.json"  # beside a saved model of diffusers: how it was wrapped
 
 
 class SprintState(nn.Module):
@@ -36,6 +41,7 @@ class SprintState(nn.Module):
         self.places: list[tuple[Place, int]] = []  # runs of blocks, and the index of the first block of each
         self.first = self.last = 0  # middle blocks
         self.drop: Drop | None = None
+        self.options: dict[str, Any] = {}  # of wrap, as far as a file can hold them
         self.grid: tuple[int, ...] | None = None
         self.weak_half: Literal["first", "second"] | None = (
             None  # of a batch of both guidance branches: takes the shallow path
@@ -114,6 +120,14 @@ def wrap(
         path_drop=path_drop,
     )
     state.places, state.drop, state.grid = places, drop, grid
+    state.options = {
+        "encoder_depth": encoder_depth,
+        "decoder_depth": decoder_depth,
+        "path_drop": path_drop,
+        "merge": merge,
+        "learnable_mask": learnable_mask,
+        "grid": grid,
+    }
     state.first, state.last = encoder_depth, depth - decoder_depth - 1
     model.sprint = state.train(model.training)
     for place, _ in places:
@@ -294,5 +308,19 @@ def _wrapped(base: type) -> type:
             )
         return output
 
-    members = {"forward": forward, "__module__": base.__module__, "__qualname__": base.__qualname__, "__doc__": base.__doc__}
+    members: dict[str, Any] = {}
+    if hasattr(base, "save_pretrained"):
+
+        def save_pretrained(self: Any, save_directory: Any, *args: Any, **kwargs: Any) -> Any:
+            output = base.save_pretrained(self, save_directory, *args, **kwargs)
+            write_text(pathlib.Path(save_directory) / OPTIONS_FILE, json.dumps(self.sprint.options, indent=2))
+            return output
+
+        members["save_pretrained"] = functools.wraps(base.save_pretrained)(save_pretrained)
+    members |= {
+        "forward": forward,
+        "__module__": base.__module__,
+        "__qualname__": base.__qualname__,
+        "__doc__": base.__doc__,
+    }
     return type(base.__name__, (_Wrapped, base), members)
