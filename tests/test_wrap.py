@@ -242,6 +242,21 @@ def test_checkpointing_by_the_host_gives_the_same_gradients(training):
         torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)  # float32
 
 
+def test_our_own_checkpointing_recomputes_and_gives_the_same_gradients():
+    results, calls = [], []
+    for recompute in (False, True):
+        torch.manual_seed(1)
+        model = wrapped(hosts.DiT(), init="xavier", path_drop=0.5, checkpoint=recompute)
+        model.blocks[3].register_forward_pre_hook(lambda *_: calls.append(1))
+        torch.manual_seed(2)
+        with sprint.path(model, "sparse"):
+            model(X, T).square().sum().backward()
+        results.append([p.grad for p in model.parameters() if p.requires_grad])
+    assert len(calls) == 1 + 2
+    for a, b in zip(*results, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)  # float32
+
+
 def test_deepcopy_ema_and_state_dict_round_trip():
     model = wrapped(init="xavier")
     twin = copy.deepcopy(model)

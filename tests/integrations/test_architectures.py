@@ -129,6 +129,23 @@ def test_compiles_without_graph_breaks(name):
         assert first_tensor(compiled(**arguments)).shape == expected.shape
 
 
+@torch.no_grad()
+def test_regional_compilation():
+    torch.compiler.reset()
+    model, arguments = wrapped("sd3", init="xavier")
+    expected = {}
+    for path in ("full", "shallow"):
+        with sprint.path(model, path):
+            expected[path] = first_tensor(model(**arguments))
+    for block in model.transformer_blocks:
+        block.compile(backend="aot_eager", fullgraph=True)
+    for path, output in expected.items():
+        with sprint.path(model, path):
+            torch.testing.assert_close(first_tensor(model(**arguments)), output, rtol=1e-4, atol=1e-5)
+    with sprint.path(model, "sparse"):
+        assert first_tensor(model(**arguments)).isfinite().all()
+
+
 def test_residual_controlnets_are_refused_before_anything_runs():
     model, arguments = wrapped("sd3")
     residuals = [torch.zeros(2, 16, 16)]

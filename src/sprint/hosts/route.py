@@ -9,10 +9,12 @@ A route belongs to one call: a checkpointed recomputation finds the subset that 
 
 import math
 from collections.abc import Callable
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from sprint.drop import StructuredDrop
 from sprint.hosts.declare import Arguments, Stream
@@ -34,9 +36,9 @@ class Bound:
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         return self.route.step(self, self.block, args, kwargs)
 
-    def checkpointed(self, checkpoint: Callable[..., Any], args: tuple, kwargs: dict) -> Any:
+    def checkpointed(self, recompute: Callable[..., Any], args: tuple, kwargs: dict) -> Any:
         """The step with only the block itself inside the checkpoint; what is drawn and captured stays outside."""
-        return self.route.step(self, lambda *a, **k: checkpoint(self.block, *a, **k), args, kwargs)
+        return self.route.step(self, partial(recompute, self.block), args, kwargs)
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self.block, name)
@@ -62,6 +64,8 @@ class Route:
     def step(self, bound: Bound, block: Callable[..., Any], args: tuple, kwargs: dict) -> Any:
         """Call one block of the model."""
         place, first, last = bound.place, self.state.first, self.state.last
+        if self.state.checkpoint and torch.is_grad_enabled():
+            block = partial(checkpoint, block, use_reentrant=False)
         named = place.named(args, kwargs)
         if self.num_tokens is None:
             self.num_tokens = self.length = self._count(place, named[place.image])

@@ -41,6 +41,7 @@ class SprintState(nn.Module):
         self.places: list[tuple[Place, int]] = []  # runs of blocks, and the index of the first block of each
         self.first = self.last = 0  # middle blocks
         self.drop: Drop | None = None
+        self.checkpoint = False
         self.options: dict[str, Any] = {}  # of wrap, as far as a file can hold them
         self.grid: tuple[int, ...] | None = None
         self.weak_half: Literal["first", "second"] | None = (
@@ -65,6 +66,7 @@ def wrap(
     init: Init = "identity",
     learnable_mask: bool | None = None,
     grid: tuple[int, ...] | None = None,
+    checkpoint: bool = False,
     host: Host | None = None,
 ) -> Any:
     """Give a model SPRINT's three paths, in place.
@@ -86,6 +88,8 @@ def wrap(
             the paper's, for training from scratch.
         learnable_mask: train the mask token; by default frozen for "residual", as in the reference, and trained for "mask".
         grid: token grid, where the model's arguments do not tell it (packed latents).
+        checkpoint: recompute each block in the backward pass instead of storing its activations, for models without gradient
+            checkpointing of their own; drops and fusion stay outside.
         host: declaration to use instead of a registered one.
 
     Returns:
@@ -119,7 +123,7 @@ def wrap(
         parameters=list(inspect.signature(model.forward).parameters),
         path_drop=path_drop,
     )
-    state.places, state.drop, state.grid = places, drop, grid
+    state.places, state.drop, state.grid, state.checkpoint = places, drop, grid, checkpoint
     state.options = {
         "encoder_depth": encoder_depth,
         "decoder_depth": decoder_depth,
@@ -127,6 +131,7 @@ def wrap(
         "merge": merge,
         "learnable_mask": learnable_mask,
         "grid": grid,
+        "checkpoint": checkpoint,
     }
     state.first, state.last = encoder_depth, depth - decoder_depth - 1
     model.sprint = state.train(model.training)

@@ -1,0 +1,59 @@
+"""Two gloo processes: DDP and FSDP2 of a wrapped model give the gradients of one process."""
+
+import hosts
+import pytest
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor
+from torch.nn.parallel import DistributedDataParallel
+
+import sprint
+from sprint import StructuredDrop, TokenSubset
+
+KEEP = torch.tensor([[5, 0, 9, 12], [2, 3, 15, 8], [1, 4, 6, 7], [10, 11, 13, 14]])
+
+
+def build():
+    model = hosts.DiT().train()
+    torch.manual_seed(1)
+    return sprint.wrap(model, drop=StructuredDrop(0.75), path_drop=0.0, init="xavier")
+
+
+def gradients(model, rows) -> dict[str, torch.Tensor]:
+    x, t = torch.randn(4, 3, 8, 8, generator=torch.Generator().manual_seed(0)), torch.linspace(0.1, 0.9, 4)
+    with sprint.path(model, "sparse", subset=TokenSubset(KEEP[rows], 16)):
+        model(x[rows], t[rows]).square().mean().backward()
+    whole = {}
+    for name, parameter in model.named_parameters():
+        if parameter.grad is not None:
+            grad = parameter.grad.full_tensor() if isinstance(parameter.grad, DTensor) else parameter.grad
+            whole[name.removeprefix("module.")] = grad
+    return whole
+
+
+def worker(rank: int, kind: str, port: int, file: str) -> None:
+    dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=2)
+    model = build()
+    if kind == "ddp":
+        model = DistributedDataParallel(model)
+    else:
+        mesh = dist.device_mesh.init_device_mesh("cpu", (2,))
+        for block in model.blocks:
+            fully_shard(block, mesh=mesh)
+        fully_shard(model, mesh=mesh)
+    found = gradients(model, slice(2 * rank, 2 * rank + 2))
+    if rank == 0:
+        torch.save(found, file)
+    dist.destroy_process_group()
+
+
+@pytest.mark.parametrize(("kind", "port"), [("ddp", 29541), ("fsdp2", 29542)])
+def test_gradients_equal_those_of_one_process(kind, port, tmp_path):
+    mp.spawn(worker, args=(kind, port, str(tmp_path / "grads.pt")), nprocs=2)
+    found = torch.load(tmp_path / "grads.pt", weights_only=True)
+    expected = gradients(build(), slice(0, 4))
+    assert found.keys() == expected.keys()
+    for name, gradient in expected.items():
+        torch.testing.assert_close(found[name], gradient, rtol=1e-4, atol=1e-6, msg=name)  # float32
