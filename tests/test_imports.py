@@ -36,11 +36,12 @@ ALLOWED = {
     "hosts.tables": {"hosts.declare", "tokens"},
     "hosts.route": {"drop", "hosts.declare", "hosts.places", "hosts.tables", "random", "tokens"},
     "hosts.wrapping": {"checkpoint", "drop", "fusion", "hosts.declare", "hosts.places", "hosts.route", "middle", "tokens"},
+    "pipeline": {"checkpoint", "diffusers", "guidance", "hosts.check", "sit"},
     "diffusers": {"checkpoint", "drop", "hosts.wrapping"},
     "hosts.check": {"hosts.wrapping", "random", "tokens"},
 }
 CORE = {"torch", "einops", "safetensors", "numpy"}
-OPT_IN = {"diffusers"}  # rooms that a user imports by name, which need the package that they are named after
+OPT_IN = {"diffusers", "pipeline"}  # rooms that a user imports by name, for use with diffusers
 LAZY = {"xformers", "tqdm"}  # imported inside the function that needs them
 
 
@@ -92,7 +93,7 @@ def test_third_parties_are_the_core_or_lazy(path):
     for name, at_import in imports(path):
         top = name.split(".")[0]
         if top != "sprint" and top not in sys.stdlib_module_names:
-            assert top in (CORE | ({room(path)} & OPT_IN)) if at_import else top in CORE | LAZY, (
+            assert top in (CORE | ({"diffusers"} if room(path) in OPT_IN else set())) if at_import else top in CORE | LAZY, (
                 f"{path.name} imports {name}"
             )
 
