@@ -163,6 +163,17 @@ def hunyuan_video():
     }  # fmt: skip
 
 
+def hunyuan_video_first_frame():
+    """Image to video by token replacement: the blocks split off the first frame."""
+    model = _diffusers(
+        "HunyuanVideoTransformer3DModel", in_channels=4, out_channels=4, num_attention_heads=2, attention_head_dim=16,
+        num_layers=3, num_single_layers=3, num_refiner_layers=1, patch_size=2, patch_size_t=1, guidance_embeds=False,
+        text_embed_dim=12, pooled_projection_dim=10, rope_axes_dim=(4, 6, 6), image_condition_type="token_replace",
+    )  # fmt: skip
+    _, arguments = hunyuan_video()
+    return model, arguments | {"hidden_states": _noise(2, 4, 3, 8, 8)}
+
+
 def ltx():
     model = _diffusers(
         "LTXVideoTransformer3DModel", in_channels=4, out_channels=4, num_attention_heads=2, attention_head_dim=16,
@@ -182,6 +193,12 @@ def qwen_image():
     return model, _packed(12, ids=False) | {
         "encoder_hidden_states_mask": torch.ones(2, 5, dtype=torch.long), "img_shapes": [[(1, 4, 4)]] * 2
     }  # fmt: skip
+
+
+def qwen_image_edit():
+    """A reference image after the image."""
+    model, arguments = qwen_image()
+    return model, arguments | {"hidden_states": _noise(2, 20, 4), "img_shapes": [[(1, 4, 4), (1, 2, 2)]] * 2}
 
 
 def prx():
@@ -250,7 +267,8 @@ def timm_vit():
 CASES = {
     function.__name__: function
     for function in (
-        dit, pixart, sd3, flux, chroma, auraflow, sana, lumina2, z_image, cogvideox, wan, wan_per_token, hunyuan_video, ltx,
-        qwen_image, prx, hunyuan_dit, cogview4, mochi, flux2, timm_vit,
+        dit, pixart, sd3, flux, chroma, auraflow, sana, lumina2, z_image, cogvideox, wan, wan_per_token,
+        hunyuan_video, hunyuan_video_first_frame, ltx,
+        qwen_image, qwen_image_edit, prx, hunyuan_dit, cogview4, mochi, flux2, timm_vit,
     )
 }  # fmt: skip

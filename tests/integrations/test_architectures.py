@@ -79,7 +79,28 @@ def test_middle_blocks_see_the_kept_tokens_only(name):
         image = model.sprint.host.image_tokens(model, arguments, full) if model.sprint.host.image_tokens else full
         if stream != "image" and model.sprint.host.image_tokens is None:
             image = lengths["full"][0][0] if lengths["full"][0][1] == "image" else full - 5
-        assert full - sparse == image * 3 // 4
+        kept = model.sprint.host.always_kept
+        droppable = image - (sum(kept(model, arguments)) if kept else 0)
+        assert full - sparse == droppable * 3 // 4
+
+
+@pytest.mark.parametrize(("name", "always"), [("qwen_image_edit", range(16, 20)), ("hunyuan_video_first_frame", range(16))])
+@torch.no_grad()
+def test_references_and_first_frames_are_always_kept(name, always):
+    model, arguments = wrapped(name, drop=StructuredDrop(group=(1, 4, 4), keep=1))
+    seen = []
+    gather = sprint.TokenSubset.gather
+
+    def spy(subset, tokens):
+        seen.append(subset.keep)
+        return gather(subset, tokens)
+
+    with pytest.MonkeyPatch.context() as patch, sprint.path(model, "sparse"):
+        patch.setattr(sprint.TokenSubset, "gather", spy)
+        model(**arguments)
+    for row in seen[0].tolist():
+        assert set(always) <= set(row)
+        assert len(set(row)) == len(row) < arguments["hidden_states"].numel()
 
 
 CHECKPOINTED = [name for name in CASES if name not in ("hunyuan_dit", "timm_vit")]  # they have none of their own

@@ -76,6 +76,8 @@ class Host:
         image_tokens: function of the model, `forward`'s arguments by name and the length of the stream that gives the
             number of
             image tokens, for models whose first block already has a joint stream.
+        always_kept: function of the model and `forward`'s arguments by name that gives how many of the first and of the last
+            image tokens are never dropped (a first frame, reference images); `grid` is that of the tokens between.
         refused: parameters of `forward` that cannot be given when tokens are dropped, and why.
         note: what a user should know.
     """
@@ -84,6 +86,7 @@ class Host:
     width: str | Callable[[Any], int] | None = None
     grid: Callable[[Any, Arguments], tuple[int, ...] | None] | None = None
     image_tokens: Callable[[Any, Arguments, int], int] | None = None
+    always_kept: Callable[[Any, Arguments], tuple[int, int]] | None = None
     refused: Mapping[str, str] = field(default_factory=dict)
     note: str = ""
 

@@ -1,5 +1,6 @@
 """The declared architectures, one entry each; see `sprint.hosts.declare` for the words."""
 
+import math
 from typing import Any
 
 from sprint.hosts.declare import Arguments, Blocks, Host, Table, register
@@ -33,11 +34,37 @@ def _told_video(model: Any, arguments: Arguments) -> tuple[int, ...] | None:
     return None if None in sides else sides  # pyright: ignore[reportReturnType]
 
 
-def _image_shapes(model: Any, arguments: Arguments) -> tuple[int, ...] | None:
-    """Grid of packed tokens with img_shapes, [[(frames, rows, columns)]]; None with reference images or mixed sizes."""
-    shapes = {tuple(map(tuple, sample if isinstance(sample, list) else [sample])) for sample in arguments["img_shapes"]}
-    (first, *others) = shapes
-    return first[0] if not others and len(first) == 1 else None
+def _first_shape(model: Any, arguments: Arguments) -> tuple[int, ...] | None:
+    """Grid of packed tokens with img_shapes, [[(frames, rows, columns), references...]]; None when samples differ."""
+    shapes = {_shapes_of(sample)[0] for sample in arguments["img_shapes"]}
+    return shapes.pop() if len(shapes) == 1 else None
+
+
+def _references(model: Any, arguments: Arguments) -> tuple[int, int]:
+    """Reference images come after the image, and are always kept."""
+    counts = {sum(math.prod(shape) for shape in _shapes_of(sample)[1:]) for sample in arguments["img_shapes"]}
+    if len(counts) != 1:
+        raise ValueError(
+            f"reference images of {sorted(counts)} tokens in one batch: tokens can be dropped where all samples have as many"
+        )
+    return 0, counts.pop()
+
+
+def _shapes_of(sample: Any) -> list[tuple[int, ...]]:
+    return [tuple(shape) for shape in (sample if isinstance(sample, list) else [sample])]
+
+
+def _first_frame(model: Any, arguments: Arguments) -> tuple[int, int]:
+    """Image-to-video by token replacement: the blocks treat the first frame by itself, so that it is always kept."""
+    if getattr(model.config, "image_condition_type", None) != "token_replace":
+        return 0, 0
+    _, rows, columns = _patched_video(model, arguments)
+    return rows * columns, 0
+
+
+def _other_frames(model: Any, arguments: Arguments) -> tuple[int, ...]:
+    frames, rows, columns = _patched_video(model, arguments)
+    return frames - bool(_first_frame(model, arguments)[0]), rows, columns
 
 
 def _after_caption(model: Any, arguments: Arguments, length: int) -> int:
@@ -174,8 +201,9 @@ register(
                 **_IMAGE_FIRST,
             ),
         ),
-        grid=_patched_video,
-        note="image-to-video by token replacement splits off the first frame inside the blocks and is not supported",
+        grid=_other_frames,
+        always_kept=_first_frame,
+        note="with image-to-video by token replacement the first frame is always kept",
     ),
 )
 register(
@@ -198,7 +226,8 @@ register(
                 **_TEXT_FIRST,
             ),
         ),
-        grid=_image_shapes,
+        grid=_first_shape,
+        always_kept=_references,
         refused=_CONTROL,
     ),
 )

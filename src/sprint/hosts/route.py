@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from sprint.drop import StructuredDrop
+from sprint.drop import Drop, StructuredDrop
 from sprint.hosts.declare import Arguments, Stream
 from sprint.hosts.places import Place
 from sprint.hosts.tables import gather_rows
@@ -112,7 +112,7 @@ class Route:
             text = named[place.blocks.text]
         subset, dropped = self.subset, None
         if self.path == "sparse" and (self.drop is not None):
-            subset = self.drop.sample(len(image), self._grid(), device=image.device, generator=self.generator)
+            subset = self._draw(self.drop, image)
         if self.path != "shallow" and self.state.training and self.state.path_drop > 0:
             dropped = uniform((len(image),), device=image.device, generator=self.generator) < self.state.path_drop
         if self.shallow is not None:
@@ -163,6 +163,21 @@ class Route:
         if "text" in parts:
             parts["text"] = text
         return tuple(parts.values()) if len(parts) > 1 else parts["image"]
+
+    def _draw(self, drop: Drop, image: Tensor) -> TokenSubset:
+        """Draw the kept tokens, and add those that are always kept in front of them and behind."""
+        grid = self._grid()
+        subset = drop.sample(len(image), grid, device=image.device, generator=self.generator)
+        first, last = self._always_kept()
+        if not first + last:
+            return subset
+        places = torch.arange(image.shape[1], device=image.device).expand(len(image), -1)
+        keep = [places[:, :first], subset.keep + first, places[:, image.shape[1] - last :]]
+        return TokenSubset(torch.cat(keep, dim=1), image.shape[1])
+
+    def _always_kept(self) -> tuple[int, int]:
+        kept = self.state.host.always_kept
+        return (0, 0) if kept is None else kept(self.model, self.arguments)
 
     def _split_batch(self, batch: int) -> None:
         """Decide whether this batch holds both guidance branches: the same input twice, in two halves."""
@@ -230,7 +245,7 @@ class Route:
 
     def _grid(self) -> tuple[int, ...]:
         """The token grid of the image, from wherever it is known."""
-        num_tokens = self.num_tokens or 0
+        num_tokens = (self.num_tokens or 0) - sum(self._always_kept())
         grid = self.state.grid
         if grid is None and self.state.host.grid is not None:
             grid = self.state.host.grid(self.model, self.arguments)
