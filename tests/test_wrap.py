@@ -6,6 +6,7 @@ import hosts
 import pytest
 import torch
 from torch import nn
+from torch._dynamo.testing import CompileCounterWithBackend
 from torch.utils.checkpoint import checkpoint
 
 import sprint
@@ -289,6 +290,17 @@ def test_compiles_without_graph_breaks(name):
     compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
     with sprint.path(model, name, subset=KEEP if name == "sparse" else None):
         torch.testing.assert_close(compiled(X, T), model(X, T), rtol=1e-4, atol=1e-5)
+
+
+def test_training_steps_compile_once():
+    torch.compiler.reset()
+    counter = CompileCounterWithBackend("aot_eager")
+    model = wrapped(hosts.DiT().train(), init="xavier", path_drop=0.1)
+    compiled = torch.compile(model, fullgraph=True, backend=counter)
+    with sprint.path(model, "sparse"):
+        for _ in range(4):
+            compiled(X, T).square().mean().backward()
+    assert counter.frame_count == 1
 
 
 def test_guidance_and_loss_find_the_paths():

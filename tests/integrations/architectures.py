@@ -256,6 +256,30 @@ def flux2():
     return model, _packed(12, ids=False) | {"img_ids": places, "txt_ids": torch.zeros(5, 4), "guidance": torch.ones(2)}
 
 
+def longcat():
+    model = _diffusers(
+        "LongCatImageTransformer2DModel", patch_size=1, in_channels=4, num_layers=3, num_single_layers=3,
+        attention_head_dim=16, num_attention_heads=2, joint_attention_dim=12, pooled_projection_dim=10,
+        axes_dims_rope=[4, 6, 6],
+    )  # fmt: skip
+    return model, _packed(12)
+
+
+def krea2():
+    model = _diffusers(
+        "Krea2Transformer2DModel", in_channels=4, num_layers=6, attention_head_dim=16, num_attention_heads=2,
+        num_key_value_heads=1, intermediate_size=32, timestep_embed_dim=8, text_hidden_dim=12, num_text_layers=2,
+        text_num_attention_heads=2, text_num_key_value_heads=2, text_intermediate_size=16, num_layerwise_text_blocks=1,
+        num_refiner_text_blocks=1, axes_dims_rope=(4, 6, 6),
+    )  # fmt: skip
+    arguments = _packed(12)
+    places = torch.cat([arguments.pop("txt_ids"), arguments.pop("img_ids")])
+    mask = torch.tensor([[1, 1, 1, 1, 1], [1, 1, 1, 0, 0]], dtype=torch.bool)
+    return model, arguments | {
+        "encoder_hidden_states": _noise(2, 5, 2, 12), "position_ids": places, "encoder_attention_mask": mask
+    }  # fmt: skip
+
+
 def timm_vit():
     import timm
 
@@ -269,6 +293,6 @@ CASES = {
     for function in (
         dit, pixart, sd3, flux, chroma, auraflow, sana, lumina2, z_image, cogvideox, wan, wan_per_token,
         hunyuan_video, hunyuan_video_first_frame, ltx,
-        qwen_image, qwen_image_edit, prx, hunyuan_dit, cogview4, mochi, flux2, timm_vit,
+        qwen_image, qwen_image_edit, prx, hunyuan_dit, cogview4, mochi, flux2, longcat, krea2, timm_vit,
     )
 }  # fmt: skip

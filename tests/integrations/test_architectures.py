@@ -1,5 +1,7 @@
 """Every declared architecture: identity, order of tokens, the three paths, gradients, checkpointing, unwrapping."""
 
+import inspect
+
 import pytest
 import torch
 from architectures import CASES
@@ -13,7 +15,9 @@ pytest.importorskip("timm")
 
 from sprint.diffusers import from_pretrained  # noqa: E402
 
-GRIDS = dict.fromkeys(("flux", "chroma", "flux2"), (4, 4))  # packed latents whose arguments do not tell their grid
+GRIDS = dict.fromkeys(
+    ("flux", "chroma", "flux2", "longcat", "krea2"), (4, 4)
+)  # packed latents whose arguments do not tell their grid
 architectures = pytest.mark.parametrize("name", CASES)
 
 
@@ -176,6 +180,21 @@ def test_residual_controlnets_are_refused_before_anything_runs():
         sprint.path(model, "sparse"),
     ):
         model(**arguments, block_controlnet_hidden_states=residuals)
+
+
+def test_context_parallelism_is_refused_on_the_sparse_path(monkeypatch):
+    model, arguments = wrapped("dit")
+    monkeypatch.setattr(model, "_parallel_config", object())
+    model(**arguments)
+    with pytest.raises(ValueError, match="context parallelism splits the tokens"), sprint.path(model, "sparse"):
+        model(**arguments)
+
+
+def test_the_signature_of_forward_stays():
+    model, _ = CASES["sd3"]()
+    before = inspect.signature(model.forward)
+    sprint.wrap(model)
+    assert inspect.signature(model.forward) == before  # modular pipelines filter arguments by it
 
 
 def test_packed_latents_need_their_grid():

@@ -103,6 +103,27 @@ register(
     ),
 )
 register(
+    "LongCatImageTransformer2DModel",
+    Host(
+        tuple(
+            Blocks(name, tables=_JOINT_ROPE, **_TEXT_FIRST) for name in ("transformer_blocks", "single_transformer_blocks")
+        ),
+    ),
+)
+register(
+    "Krea2Transformer2DModel",
+    Host(
+        (
+            Blocks(
+                "transformer_blocks",
+                stream="text+image",
+                tables=_JOINT_ROPE | {"attention_mask": Table(dim=3, stream="text+image")},
+            ),
+        ),
+        image_tokens=lambda model, arguments, length: arguments["hidden_states"].shape[1],
+    ),
+)
+register(
     "ChromaTransformer2DModel",
     Host(
         (
