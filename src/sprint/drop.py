@@ -14,7 +14,6 @@ from itertools import product
 from typing import Protocol
 
 import torch
-from einops import rearrange
 
 from sprint.random import Device, uniform
 from sprint.tokens import TokenSubset
@@ -193,14 +192,10 @@ class StructuredDrop:
         """
         group, kept = self.cells(grid)
         num_tokens, size = math.prod(grid), math.prod(group)
-        axes = range(len(group))
-        split, groups, members = (" ".join(name.format(i) for i in axes) for name in ("g{0} n{0}", "g{0}", "n{0}"))
-        table = rearrange(
-            torch.arange(num_tokens, device=device),
-            f"({split}) -> ({groups}) ({members})",
-            **{f"n{i}": n for i, n in enumerate(group)},
-            **{f"g{i}": side // n for i, (side, n) in enumerate(zip(grid, group, strict=True))},
-        )  # (groups, size): the tokens of each group
+        axes = len(group)
+        split = [part for side, n in zip(grid, group, strict=True) for part in (side // n, n)]
+        order = (*range(0, 2 * axes, 2), *range(1, 2 * axes, 2))  # which group first, which member of it last
+        table = torch.arange(num_tokens, device=device).view(split).permute(order).reshape(-1, size)  # (groups, size)
         rows = 1 if self.shared else batch
         scores = uniform((rows, num_tokens // size, size), device=device, generator=generator)
         chosen = scores.topk(kept, dim=2).indices  # (B, groups, kept)

@@ -18,7 +18,7 @@ _IMAGE_FIRST: dict[str, Any] = {"text": "encoder_hidden_states", "returns": ("im
 def _patched_video(model: Any, arguments: Arguments) -> tuple[int, ...]:
     """Grid of x (B, C, F, H, W) with patch sizes in the configuration."""
     patch, x = model.config.patch_size, arguments["hidden_states"]
-    sides = patch if isinstance(patch, tuple | list) else (getattr(model.config, "patch_size_t", None) or 1, patch, patch)
+    sides = patch if isinstance(patch, (tuple, list)) else (getattr(model.config, "patch_size_t", None) or 1, patch, patch)
     return tuple(length // side for length, side in zip(x.shape[2:], sides, strict=True))
 
 

@@ -13,6 +13,12 @@ from sprint.hosts.declare import Blocks, Host
 _WIDTHS = ("inner_dim", "hidden_size", "embed_dim", "width", "dim")
 
 
+def by_name(names: Sequence[str], args: Sequence[Any]) -> dict[str, Any]:
+    """Positional arguments by name, as far as either goes."""
+    count = min(len(names), len(args))  # not zip(strict=False), which torch 2.7 compiles as if it were strict
+    return dict(zip(names[:count], args[:count], strict=True))
+
+
 class Place:
     """Where a run of blocks keeps its arguments."""
 
@@ -28,9 +34,9 @@ class Place:
 
     def named(self, args: tuple, kwargs: dict) -> dict[str, Any]:
         """The arguments by name; positional ones beyond the named parameters keep their number."""
-        named: dict[str, Any] = dict(zip(self.parameters, args, strict=False))
-        named |= {str(i): value for i, value in enumerate(args) if i >= len(self.parameters)}
-        return {**named, **kwargs}
+        named = by_name(self.parameters, args)
+        rest = {str(i): value for i, value in enumerate(args) if i >= len(self.parameters)}
+        return {**named, **rest, **kwargs}
 
     def call(self, block: Callable[..., Any], named: dict[str, Any], args: tuple, kwargs: dict) -> Any:
         """Call with changed arguments, each passed as it came: by position or by name."""

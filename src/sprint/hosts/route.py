@@ -146,7 +146,7 @@ class Route:
 
     def _leave(self, place: Place, output: Any) -> Any:
         """Restore and fuse after the last middle block; samples that lost their deep path get the encoder's text too."""
-        parts = dict(zip(place.blocks.returns, output if isinstance(output, tuple | list) else (output,), strict=True))
+        parts = dict(zip(place.blocks.returns, output if isinstance(output, (tuple, list)) else (output,), strict=True))
         image, text = self._split(place.blocks.stream, parts["image"])
         text = parts.get("text", text)
         self.length, self.fused = self.num_tokens or 0, True
@@ -183,7 +183,7 @@ class Route:
         """Decide whether this batch holds both guidance branches: the same input twice, in two halves."""
         if self.state.weak_half is None or self.path != "full" or batch % 2:
             return
-        x = next(iter(self.arguments.values()))
+        x, *_ = *self.arguments.values(), None
         if not isinstance(x, Tensor) or len(x) != batch or not torch.equal(x[: batch // 2], x[batch // 2 :]):
             return
         self.strong = slice(batch // 2, None) if self.state.weak_half == "first" else slice(0, batch // 2)
@@ -194,7 +194,7 @@ class Route:
         batch, strong = len(self.shallow), self.strong
 
         def take(value: Any) -> Any:
-            if isinstance(value, tuple | list):
+            if isinstance(value, (tuple, list)):
                 return type(value)(take(item) for item in value)
             return value[strong] if isinstance(value, Tensor) and value.ndim and len(value) == batch else value
 
@@ -231,7 +231,7 @@ class Route:
     def _refuse_undeclared(self, place: Place, named: dict[str, Any]) -> None:
         per_sample = named[place.image].shape[::2]  # (B, C): a condition
         for name, value in named.items():
-            for tensor in value if isinstance(value, tuple | list) else (value,):
+            for tensor in value if isinstance(value, (tuple, list)) else (value,):
                 if not isinstance(tensor, Tensor) or tensor.ndim < 2 or name == place.image or tensor.shape == per_sample:
                     continue
                 if self.num_tokens in tensor.shape[:2]:
@@ -250,7 +250,7 @@ class Route:
         if grid is None and self.state.host.grid is not None:
             grid = self.state.host.grid(self.model, self.arguments)
         if grid is None:
-            x = next(iter(self.arguments.values()), None)
+            x, *_ = *self.arguments.values(), None
             if isinstance(x, Tensor) and x.ndim == 4 and (x.shape[2] * x.shape[3]) % num_tokens == 0:
                 patch = math.isqrt(x.shape[2] * x.shape[3] // num_tokens)
                 grid = (x.shape[2] // patch, x.shape[3] // patch)

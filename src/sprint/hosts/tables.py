@@ -53,7 +53,7 @@ def gather_rows(value: Any, table: Table, subset: TokenSubset, *, name: str, sha
     Raises:
         ValueError: the rows are fewer than the tokens, or more than an image has.
     """
-    if isinstance(value, tuple | list):
+    if isinstance(value, (tuple, list)):
         chosen = range(len(value)) if table.item is None else (table.item,)
         plain = replace(table, item=None)
         return type(value)(

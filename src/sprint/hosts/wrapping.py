@@ -21,7 +21,7 @@ from sprint.checkpoint import write_text
 from sprint.drop import Drop
 from sprint.fusion import Init, MaskRestore, SparseDenseResidual, TokenRouting
 from sprint.hosts.declare import Host, declaration
-from sprint.hosts.places import Place, find_places, parameter_of, width_of
+from sprint.hosts.places import Place, by_name, find_places, parameter_of, width_of
 from sprint.hosts.route import Bound, Route
 from sprint.middle import Path
 from sprint.tokens import TokenSubset
@@ -52,7 +52,7 @@ class SprintState(nn.Module):
 
     def arguments(self, args: tuple, kwargs: Mapping[str, Any]) -> dict[str, Any]:
         """The arguments of the model's forward by name."""
-        return {**dict(zip(self.parameters_of_forward, args, strict=False)), **kwargs}
+        return {**by_name(self.parameters_of_forward, args), **kwargs}
 
 
 def wrap(
