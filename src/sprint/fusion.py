@@ -131,8 +131,7 @@ class SparseDenseResidual(nn.Module):
         fill = F.linear(self.mask_token, deep_weight)  # (1, 1, C)
         if deep is None:
             return base + fill
-        if dropped is None and self.training and self.path_drop > 0:
-            dropped = uniform((len(shallow),), device=shallow.device, generator=generator) < self.path_drop
+        dropped = _drawn(self, shallow, dropped, generator)
         deep = F.linear(deep, deep_weight)  # (B, K, C)
         if dropped is not None:
             deep = torch.where(dropped.view(-1, 1, 1), fill, deep)
@@ -169,8 +168,7 @@ class TokenRouting(nn.Module):
         if deep is None:
             return shallow
         fused = deep if subset is None else subset.restore(deep, shallow)
-        if dropped is None and self.training and self.path_drop > 0:
-            dropped = uniform((len(shallow),), device=shallow.device, generator=generator) < self.path_drop
+        dropped = _drawn(self, shallow, dropped, generator)
         return fused if dropped is None else torch.where(dropped.view(-1, 1, 1), shallow, fused)
 
 
@@ -204,6 +202,17 @@ class MaskRestore(nn.Module):
         if deep is None:
             return mask
         fused = deep if subset is None else subset.restore(deep, mask)
-        if dropped is None and self.training and self.path_drop > 0:
-            dropped = uniform((len(shallow),), device=shallow.device, generator=generator) < self.path_drop
+        dropped = _drawn(self, shallow, dropped, generator)
         return fused if dropped is None else torch.where(dropped.view(-1, 1, 1), mask, fused)
+
+
+def _drawn(
+    fusion: SparseDenseResidual | TokenRouting | MaskRestore,
+    shallow: Tensor,
+    dropped: Tensor | None,
+    generator: torch.Generator | None,
+) -> Tensor | None:
+    """The samples that lose their deep path: those given, else a draw in training; None for none."""
+    if dropped is None and fusion.training and fusion.path_drop > 0:
+        return uniform((len(shallow),), device=shallow.device, generator=generator) < fusion.path_drop
+    return dropped
