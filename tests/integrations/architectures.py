@@ -114,12 +114,25 @@ def lumina2():
     }  # fmt: skip
 
 
+def lumina2_ragged():
+    """Captions of different lengths put the image in different places."""
+    model, arguments = lumina2()
+    mask = torch.tensor([[1, 1, 1, 0, 0], [1, 1, 1, 1, 1]], dtype=torch.bool)
+    return model, arguments | {"encoder_attention_mask": mask}
+
+
 def z_image():
     model = _diffusers(
         "ZImageTransformer2DModel", all_patch_size=(2,), all_f_patch_size=(1,), in_channels=4, dim=32, n_layers=6,
-        n_refiner_layers=1, n_heads=2, n_kv_heads=2, cap_feat_dim=12, axes_dims=[4, 6, 6], axes_lens=[64, 32, 32],
+        n_refiner_layers=1, n_heads=2, n_kv_heads=2, cap_feat_dim=12, axes_dims=[4, 6, 6], axes_lens=[128, 32, 32],
     )  # fmt: skip
     return model, {"x": list(_noise(2, 4, 1, 16, 8)), "t": T, "cap_feats": list(_noise(2, 5, 12))}
+
+
+def z_image_ragged():
+    """Captions of different lengths, padded behind the image."""
+    model, arguments = z_image()
+    return model, arguments | {"cap_feats": [_noise(37, 12), _noise(5, 12)]}
 
 
 def cogvideox():
@@ -291,7 +304,7 @@ def timm_vit():
 CASES = {
     function.__name__: function
     for function in (
-        dit, pixart, sd3, flux, chroma, auraflow, sana, lumina2, z_image, cogvideox, wan, wan_per_token,
+        dit, pixart, sd3, flux, chroma, auraflow, sana, lumina2, lumina2_ragged, z_image, z_image_ragged, cogvideox, wan, wan_per_token,
         hunyuan_video, hunyuan_video_first_frame, ltx,
         qwen_image, qwen_image_edit, prx, hunyuan_dit, cogview4, mochi, flux2, longcat, krea2, timm_vit,
     )

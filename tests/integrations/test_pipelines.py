@@ -186,7 +186,8 @@ def test_one_batch_without_guidance_is_an_error():
 
 
 @pytest.mark.parametrize(
-    "name", ["dit", "pixart", "flux", "chroma", "auraflow", "cogvideox", "wan", "hunyuan_video", "ltx", "prx"]
+    "name",
+    ["dit", "pixart", "flux", "chroma", "auraflow", "cogvideox", "wan", "hunyuan_video", "ltx", "prx", "lumina2_ragged"],
 )
 @pytest.mark.parametrize("half", ["first", "second"])
 @torch.no_grad()

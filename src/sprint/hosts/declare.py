@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from torch import nn
+from torch import Tensor, nn
 
 Stream = Literal["image", "text+image", "image+text"]
 Part = Literal["image", "text"]
@@ -76,6 +76,8 @@ class Host:
         image_tokens: function of the model, `forward`'s arguments by name and the length of the stream that gives the
             number of
             image tokens, for models whose first block already has a joint stream.
+        image_starts: function of the model and `forward`'s arguments by name that gives (B,) where the image begins in each
+            sample's joint stream, where captions of different lengths put it in different places.
         always_kept: function of the model and `forward`'s arguments by name that gives how many of the first and of the last
             image tokens are never dropped (a first frame, reference images); `grid` is that of the tokens between.
         refused: parameters of `forward` that cannot be given when tokens are dropped, and why.
@@ -86,6 +88,7 @@ class Host:
     width: str | Callable[[Any], int] | None = None
     grid: Callable[[Any, Arguments], tuple[int, ...] | None] | None = None
     image_tokens: Callable[[Any, Arguments, int], int] | None = None
+    image_starts: Callable[[Any, Arguments], Tensor] | None = None
     always_kept: Callable[[Any, Arguments], tuple[int, int]] | None = None
     refused: Mapping[str, str] = field(default_factory=dict)
     note: str = ""

@@ -68,7 +68,7 @@ def _other_frames(model: Any, arguments: Arguments) -> tuple[int, ...]:
 
 
 def _after_caption(model: Any, arguments: Arguments, length: int) -> int:
-    """Image tokens of a Lumina 2 stream, [caption | image]: all captions must be as long as each other."""
+    """Image tokens of a Lumina 2 stream, [caption | image | padding]."""
     x, p = arguments["hidden_states"], model.config.patch_size
     return x.shape[2] * x.shape[3] // p**2
 
@@ -168,7 +168,7 @@ register(
             ),
         ),
         image_tokens=_after_caption,
-        note="captions of one batch must have one length",
+        image_starts=lambda model, arguments: arguments["encoder_attention_mask"].sum(dim=1),
     ),
 )
 register(

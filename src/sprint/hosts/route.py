@@ -56,6 +56,7 @@ class Route:
         self.text: Tensor | None = None
         self.dropped: Tensor | None = None
         self.tables: dict[str, tuple[Any, Any]] = {}
+        self.order: Tensor | None = None  # (B, L), where captions differ in length: text first, then the image
         self.strong: slice | None = None  # rows that run the middle, when one half of the batch takes the shallow path
         self.fused = False
         self.single: dict[str, tuple[Place, int]] = {}  # runs of a single block, by attribute
@@ -107,7 +108,9 @@ class Route:
     def _enter(self, place: Place, named: dict[str, Any]) -> None:
         """Capture the encoder's tokens, and draw; a recomputation draws again, for the random stream, and discards."""
         self.length = self.num_tokens or 0  # a recomputation runs backwards, and left the length of the middle
-        image, text = self._split(place.blocks.stream, named[place.image])
+        if self.state.host.image_starts is not None and self.order is None:
+            self.order = self._text_then_image(named[place.image].shape[1])
+        image, text = self._split(place.blocks.stream, self._sorted(named[place.image]))
         if place.blocks.text is not None:
             text = named[place.blocks.text]
         subset, dropped = self.subset, None
@@ -128,7 +131,7 @@ class Route:
         if not self.state.declared:
             self._refuse_undeclared(place, named)
         if entering:
-            image, text = self._split(place.blocks.stream, named[place.image])
+            image, text = self._split(place.blocks.stream, self._sorted(named[place.image]))
             named[place.image] = self._join(place.blocks.stream, self.subset.gather(image), text)
         self.length = self.subset.num_kept
         for name, table in place.blocks.tables.items():
@@ -137,7 +140,8 @@ class Route:
                 continue
             if name not in self.tables or self.tables[name][0] is not value:
                 shared = bool(getattr(self.drop, "shared", False))
-                self.tables[name] = (value, gather_rows(value, table, self.subset, name=name, shared=shared))
+                rows = gather_rows(value, table, self.subset, name=name, shared=shared, order=self.order)
+                self.tables[name] = (value, rows)
             named[name] = self.tables[name][1]
         if place.blocks.sides is not None:
             group = self._cells()
@@ -147,7 +151,8 @@ class Route:
     def _leave(self, place: Place, output: Any) -> Any:
         """Restore and fuse after the last middle block; samples that lost their deep path get the encoder's text too."""
         parts = dict(zip(place.blocks.returns, output if isinstance(output, (tuple, list)) else (output,), strict=True))
-        image, text = self._split(place.blocks.stream, parts["image"])
+        stream = parts["image"] if self.path == "sparse" else self._sorted(parts["image"])
+        image, text = self._split(place.blocks.stream, stream)
         text = parts.get("text", text)
         self.length, self.fused = self.num_tokens or 0, True
         assert self.shallow is not None
@@ -159,7 +164,7 @@ class Route:
             image = self.state.fusion(self.shallow, image, self.subset, dropped=self.dropped)
             if self.dropped is not None and text is not None and self.text is not None:
                 text = torch.where(self.dropped.view(-1, *[1] * (text.ndim - 1)), self.text, text)
-        parts["image"] = self._join(place.blocks.stream, image, text)
+        parts["image"] = self._unsorted(self._join(place.blocks.stream, image, text))
         if "text" in parts:
             parts["text"] = text
         return tuple(parts.values()) if len(parts) > 1 else parts["image"]
@@ -227,6 +232,25 @@ class Route:
         if stream == "image" or text is None:
             return image
         return torch.cat([text, image] if stream == "text+image" else [image, text], dim=1)
+
+    def _text_then_image(self, length: int) -> Tensor:
+        """(B, L), the places of each sample's text and padding in a joint stream, and then of its image."""
+        assert self.state.host.image_starts is not None
+        starts = self.state.host.image_starts(self.model, self.arguments).view(-1, 1)
+        places = torch.arange(length, device=starts.device)
+        is_image = (places >= starts) & (places < starts + (self.num_tokens or 0))
+        return is_image.int().argsort(dim=1, stable=True)
+
+    def _sorted(self, stream: Tensor) -> Tensor:
+        if self.order is None:
+            return stream
+        order = self.order if len(stream) == len(self.order) else self.order[self.strong]
+        return stream.gather(1, order.unsqueeze(-1).expand(-1, -1, stream.shape[-1]))
+
+    def _unsorted(self, stream: Tensor) -> Tensor:
+        if self.order is None:
+            return stream
+        return stream.gather(1, self.order.argsort(dim=1).unsqueeze(-1).expand(-1, -1, stream.shape[-1]))
 
     def _refuse_undeclared(self, place: Place, named: dict[str, Any]) -> None:
         per_sample = named[place.image].shape[::2]  # (B, C): a condition

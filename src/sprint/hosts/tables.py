@@ -40,7 +40,9 @@ class Rows:
         return Rows(self.rows.to(*args, **kwargs))
 
 
-def gather_rows(value: Any, table: Table, subset: TokenSubset, *, name: str, shared: bool) -> Any:
+def gather_rows(
+    value: Any, table: Table, subset: TokenSubset, *, name: str, shared: bool, order: Tensor | None = None
+) -> Any:
     """The rows of the kept image tokens and of all text tokens.
 
     Args:
@@ -49,6 +51,7 @@ def gather_rows(value: Any, table: Table, subset: TokenSubset, *, name: str, sha
         subset: kept tokens of the image.
         name: what errors call the argument.
         shared: all samples keep the same tokens, so that a table without a batch stays without one.
+        order: (B, L), for a joint stream whose image is not in one place, the rows of all text and then of the image.
 
     Raises:
         ValueError: the rows are fewer than the tokens, or more than an image has.
@@ -57,7 +60,8 @@ def gather_rows(value: Any, table: Table, subset: TokenSubset, *, name: str, sha
         chosen = range(len(value)) if table.item is None else (table.item,)
         plain = replace(table, item=None)
         return type(value)(
-            gather_rows(x, plain, subset, name=name, shared=shared) if i in chosen else x for i, x in enumerate(value)
+            gather_rows(x, plain, subset, name=name, shared=shared, order=order) if i in chosen else x
+            for i, x in enumerate(value)
         )
     if not isinstance(value, Tensor) or (table.ndim is not None and value.ndim != table.ndim):
         return value
@@ -71,6 +75,8 @@ def gather_rows(value: Any, table: Table, subset: TokenSubset, *, name: str, sha
         )
     if table.stream != "image":
         subset = _with_text(subset, rows, table.stream)
+        if order is not None:
+            subset = TokenSubset(order.gather(1, subset.keep), rows)
     if table.batched:
         return subset.gather(value.movedim(table.dim, 1)).movedim(1, table.dim)
     if shared:
