@@ -304,7 +304,8 @@ def timm_vit():
 CASES = {
     function.__name__: function
     for function in (
-        dit, pixart, sd3, flux, chroma, auraflow, sana, lumina2, lumina2_ragged, z_image, z_image_ragged, cogvideox, wan, wan_per_token,
+        dit, pixart, sd3, flux, chroma, auraflow, sana, lumina2, lumina2_ragged, z_image, z_image_ragged,
+        cogvideox, wan, wan_per_token,
         hunyuan_video, hunyuan_video_first_frame, ltx,
         qwen_image, qwen_image_edit, prx, hunyuan_dit, cogview4, mochi, flux2, longcat, krea2, timm_vit,
     )

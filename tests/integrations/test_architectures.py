@@ -23,7 +23,7 @@ architectures = pytest.mark.parametrize("name", CASES)
 
 def wrapped(name, **options):
     model, arguments = CASES[name]()
-    drop = RandomDrop(0.75) if name == "z_image" else StructuredDrop(0.75)
+    drop = RandomDrop(0.75) if name.startswith("z_image") else StructuredDrop(0.75)
     options = {"drop": drop, "path_drop": 0.0, "grid": GRIDS.get(name), **options}
     return sprint.wrap(model, **options), arguments
 
@@ -116,7 +116,7 @@ def test_the_hosts_own_checkpointing_gives_the_same_gradients(name):
     for checkpointing in (False, True):
         model, arguments = CASES[name]()
         torch.manual_seed(1)
-        drop = RandomDrop(0.75) if name == "z_image" else StructuredDrop(0.75)
+        drop = RandomDrop(0.75) if name.startswith("z_image") else StructuredDrop(0.75)
         sprint.wrap(model, drop=drop, path_drop=0.5, init="xavier", grid=GRIDS.get(name))
         if checkpointing:
             model.enable_gradient_checkpointing()

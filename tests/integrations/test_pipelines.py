@@ -204,3 +204,32 @@ def test_half_a_batch_is_the_shallow_path_and_the_other_the_full(name, half):
     weak, strong = (0, 1) if half == "first" else (1, 0)
     torch.testing.assert_close(both[weak], shallow[weak], rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(both[strong], full[strong], rtol=1e-4, atol=1e-5)
+
+
+def test_an_unmodified_dit_pipeline():
+    """Both branches in one batch, the conditional one first; a VAE decodes."""
+    torch.manual_seed(0)
+    transformer = diffusers.DiTTransformer2DModel(
+        num_attention_heads=2, attention_head_dim=8, in_channels=4, out_channels=8, num_layers=6, sample_size=8
+    ).eval()
+    torch.nn.init.normal_(transformer.proj_out_2.weight, std=0.1)
+    vae = diffusers.AutoencoderKL(
+        block_out_channels=(4, 4), norm_num_groups=2, down_block_types=["DownEncoderBlock2D"] * 2,
+        up_block_types=["UpDecoderBlock2D"] * 2,
+    ).eval()  # fmt: skip
+    pipe = diffusers.DiTPipeline(sprint.wrap(transformer, init="xavier"), vae, diffusers.DDIMScheduler())
+    pipe.set_progress_bar_config(disable=True)
+    rows = []
+    pipe.transformer.transformer_blocks[2].register_forward_hook(lambda m, a, output: rows.append(len(output)))
+
+    def images(**options):
+        generator = torch.Generator().manual_seed(1)
+        return pipe([3, 7], num_inference_steps=3, output_type="np", generator=generator, **options).images
+
+    with path_drop_guidance(pipe.transformer, weak_half="second"):
+        guided = images(guidance_scale=3.0)
+    assert rows == [2] * 3
+    plain = images(guidance_scale=3.0)
+    assert rows == [2] * 3 + [4] * 3
+    assert guided.shape == plain.shape == (2, 16, 16, 3)
+    assert abs(guided - plain).max() > 1e-3

@@ -183,7 +183,8 @@ register(
         ),
         image_tokens=_padded_images,
         width="dim",
-        refused=_CONTROL,
+        refused=_CONTROL
+        | dict.fromkeys(("siglip_feats", "image_noise_mask"), "because the captions then come before the images"),
         note="images are padded to a multiple of 32 tokens, which leaves no grid: use RandomDrop",
     ),
 )
