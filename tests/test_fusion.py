@@ -144,7 +144,7 @@ def test_tokens_that_do_not_fit():
         fusion(shallow[..., :5], deep, subset)
     with pytest.raises(ValueError, match=r"deep tokens must be \(B, K, 6\), got \(3, 4, 5\)"):
         fusion(shallow, deep[..., :5], subset)
-    with pytest.raises(TypeError, match="shallow tokens are torch.float32, the fusion torch.float64: convert"):
+    with pytest.raises(TypeError, match="tokens are torch.float32, the fusion torch.float64: convert"):
         fusion(shallow.float(), deep, subset)
     with pytest.raises(ValueError, match="pass the subset that they were gathered with"):
         fusion(shallow, deep)

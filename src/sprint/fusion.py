@@ -22,6 +22,43 @@ Sources = Literal["both", "deep", "shallow"]
 Init = Literal["xavier", "identity"]
 
 
+class SplitLinear(nn.Module):
+    """`W [g ; f] + b` with its halves multiplied apart, each on as many tokens as it has.
+
+    It is called as a module, and is no `nn.Linear`, so that offloading finds its weights, and what rewrites linear layers
+    by type (casts of storage, quantisation, "all-linear" adapters) leaves it as it is.
+
+    Args:
+        halves: 2, or 1 where `W` has only one of them.
+        dim: C.
+    """
+
+    def __init__(self, halves: int, dim: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(dim, halves * dim))  # deep half first
+        self.bias = nn.Parameter(torch.zeros(dim))
+
+    def forward(self, shallow: Tensor | None, *deep: Tensor) -> tuple[Tensor, ...]:
+        """`W_f f + b` (or `b` without shallow tokens), and `W_g g` of each of the deep ones."""
+        for tokens in (shallow, *deep):
+            if tokens is None or torch.is_autocast_enabled(tokens.device.type):
+                continue
+            if tokens.dtype != self.weight.dtype:
+                raise TypeError(
+                    f"tokens are {tokens.dtype}, the fusion {self.weight.dtype}: convert one with .to(dtype), or use "
+                    "torch.autocast"
+                )
+        if shallow is None:
+            return self.bias, *(F.linear(tokens, self.weight) for tokens in deep)
+        if not deep:
+            return (F.linear(shallow, self.weight, self.bias),)
+        deep_weight, shallow_weight = self.weight.split(len(self.weight), dim=1)
+        return F.linear(shallow, shallow_weight, self.bias), *(F.linear(tokens, deep_weight) for tokens in deep)
+
+    def extra_repr(self) -> str:
+        return f"weight={tuple(self.weight.shape)}"
+
+
 class SparseDenseResidual(nn.Module):
     """Fuse shallow and deep tokens.
 
@@ -62,7 +99,7 @@ class SparseDenseResidual(nn.Module):
         if init == "identity" and sources == "shallow":
             raise ValueError("init='identity' keeps the deep path, which sources='shallow' leaves out: use init='xavier'")
         self.dim, self.path_drop, self.sources, self.init = dim, path_drop, sources, init
-        self.proj = nn.Linear(2 * dim if sources == "both" else dim, dim)
+        self.proj = SplitLinear(2 if sources == "both" else 1, dim)
         self.mask_token = nn.Parameter(torch.empty(1, 1, dim), requires_grad=learnable_mask)
         self.reset_parameters()
 
@@ -100,14 +137,10 @@ class SparseDenseResidual(nn.Module):
 
         Raises:
             ValueError: shapes that do not fit each other.
+            TypeError: dtypes that do not fit.
         """
         if shallow.ndim != 3 or shallow.shape[-1] != self.dim:
             raise ValueError(f"shallow tokens must be (B, N, {self.dim}), got {tuple(shallow.shape)}")
-        if shallow.dtype != self.proj.weight.dtype and not torch.is_autocast_enabled(shallow.device.type):
-            raise TypeError(
-                f"shallow tokens are {shallow.dtype}, the fusion {self.proj.weight.dtype}: "
-                "convert one with .to(dtype), or use torch.autocast"
-            )
         if deep is not None and deep.shape[-1] != self.dim:
             raise ValueError(f"deep tokens must be (B, K, {self.dim}), got {tuple(deep.shape)}")
         if deep is not None and subset is None and deep.shape != shallow.shape:
@@ -121,18 +154,13 @@ class SparseDenseResidual(nn.Module):
                 "draw it on the grid of these tokens"
             )
         if self.sources == "shallow":
-            return self.proj(shallow)
-        if self.sources == "deep":
-            deep_weight = self.proj.weight
-            base = self.proj.bias.expand_as(shallow)
-        else:
-            deep_weight, shallow_weight = self.proj.weight.split(self.dim, dim=1)
-            base = F.linear(shallow, shallow_weight, self.proj.bias)
-        fill = F.linear(self.mask_token, deep_weight)  # (1, 1, C)
+            return self.proj(shallow)[0]
+        source = None if self.sources == "deep" else shallow
         if deep is None:
-            return base + fill
+            base, fill = self.proj(source, self.mask_token)
+            return (base + fill).expand_as(shallow)
+        base, fill, deep = self.proj(source, self.mask_token, deep)  # (B, N, C), (1, 1, C), (B, K, C)
         dropped = _drawn(self, shallow, dropped, generator)
-        deep = F.linear(deep, deep_weight)  # (B, K, C)
         if dropped is not None:
             deep = torch.where(dropped.view(-1, 1, 1), fill, deep)
         return base + (deep if subset is None else subset.restore(deep, fill))
