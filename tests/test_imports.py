@@ -38,7 +38,7 @@ ALLOWED = {
     "hosts.wrapping": {"checkpoint", "drop", "fusion", "hosts.declare", "hosts.places", "hosts.route", "middle", "tokens"},
     "pipeline": {"checkpoint", "diffusers", "guidance", "hosts.check", "sit"},
     "diffusers": {"checkpoint", "drop", "hosts.wrapping"},
-    "hosts.check": {"hosts.wrapping", "random", "tokens"},
+    "hosts.check": {"fusion", "hosts.wrapping", "random", "tokens"},
 }
 CORE = {"torch", "einops", "safetensors", "numpy"}
 OPT_IN = {"diffusers", "pipeline"}  # rooms that a user imports by name, for use with diffusers

@@ -158,10 +158,25 @@ def test_check_reports_times_and_leaves_the_model_as_it_was():
     before = {name: value.clone() for name, value in model.state_dict().items()}
     report = sprint.check(model, X, T)
     assert {"forward, full", "forward, sparse", "forward, shallow"} <= report.seconds.keys()
+    assert report.saved["forward, full"] == 0
+    assert report.saved["forward, shallow"] == 1 - report.seconds["forward, shallow"] / report.seconds["forward, full"]
+    assert "% saved" in str(report)
     assert model.training
     assert model.sprint.route[0] == "full"
     assert all(value.equal(before[name]) for name, value in model.state_dict().items())
     assert all(parameter.grad is None for parameter in model.parameters())
+
+
+def test_check_compares_with_the_host():
+    model = sprint.wrap(hosts.DiT().eval(), drop=StructuredDrop(0.75))
+    identity = sprint.check(model, X, T).findings[0]
+    assert identity.ok
+    assert identity.detail == "bit by bit"
+    with torch.no_grad():
+        model.sprint.fusion.proj.bias.add_(1)
+    identity = sprint.check(model, X, T).findings[0]
+    assert identity.ok is None
+    assert "the fusion is not the identity" in identity.detail
 
 
 def test_long_skips_and_prefix_tokens():

@@ -1,10 +1,8 @@
 """Path-Drop Guidance in pipelines of diffusers, for wrapped transformers; import it as `sprint.diffusers`.
 
 Three kinds of pipelines. Those that call the transformer once per branch announce each call, `cache_context("uncond")`,
-and those
-that run both branches in one batch do not: `path_drop_guidance` serves both, the pipeline unmodified. Modular pipelines
-take a
-guider: `PathDropGuidance`. The guidance scale is the pipeline's or the guider's own, with w = 1 off.
+and those that run both branches in one batch do not: `path_drop_guidance` serves both, the pipeline unmodified. Modular
+pipelines take a guider: `PathDropGuidance`. The guidance scale is the pipeline's or the guider's own, with w = 1 off.
 """
 
 import json

@@ -50,6 +50,7 @@ def test_check_passes(name):
     model, arguments = wrapped(name, init="xavier")
     report = sprint.check(model, repeats=1, tolerance=1e-5, **arguments)
     assert {finding.name: finding.ok for finding in report.findings} == {
+        "full path = the host itself": None,  # the fusion starts at random here
         "all tokens in any order = full": None if name == "sana" else True,
         "shallow path skips the middle": True,
         "sparse gradients reach parameters": True,

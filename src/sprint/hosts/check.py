@@ -1,9 +1,8 @@
 """`check`: prove a wrapping on the user's own model and inputs.
 
-Attention does not depend on the order of tokens once their positions travel with them. So keeping all tokens in a random
-order for
-each sample must leave the full path's output as it is. A table that was forgotten, gathered twice or gathered wrongly
-breaks that.
+Attention does not depend on the order of tokens once their positions travel with them. So keeping all tokens in a
+random order for each sample must leave the full path's output as it is. A table that was forgotten, gathered twice or
+gathered wrongly breaks that.
 """
 
 import math
@@ -16,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from sprint.fusion import SparseDenseResidual
 from sprint.hosts.wrapping import SprintState, path, state_of
 from sprint.random import Device, uniform
 from sprint.tokens import TokenSubset
@@ -41,6 +41,12 @@ class Report:
     """Median seconds by job: forward on each path, and forward and backward on the full and sparse path."""
 
     @property
+    def saved(self) -> dict[str, float]:
+        """Share of the full path's seconds that the others save, by job; negative where they cost more."""
+        full = {job.rpartition(", ")[0]: seconds for job, seconds in self.seconds.items() if job.endswith(", full")}
+        return {job: 1 - seconds / full[job.rpartition(", ")[0]] for job, seconds in self.seconds.items()}
+
+    @property
     def ok(self) -> bool:
         """Whether nothing failed."""
         return all(finding.ok is not False for finding in self.findings)
@@ -48,7 +54,9 @@ class Report:
     def __str__(self) -> str:
         marks = {True: "ok", False: "FAILED", None: "-"}
         lines = [f"{self.model}", *(f"  {marks[f.ok]:<7}{f.name:<34}{f.detail}" for f in self.findings)]
-        lines += [f"  {'':<7}{name:<34}{seconds * 1000:.1f} ms" for name, seconds in self.seconds.items()]
+        for job, seconds in self.seconds.items():
+            saved = "" if job.endswith(", full") else f", {self.saved[job]:.0%} saved"
+            lines.append(f"  {'':<7}{job:<34}{seconds * 1000:.1f} ms{saved}")
         return "\n".join(lines)
 
 
@@ -91,9 +99,9 @@ def check(model: nn.Module, *args: Any, tolerance: float = 1e-4, repeats: int = 
     model.eval()
     try:
         with torch.no_grad():
-            findings = [_order(run, state, tolerance), _middle_calls(model, state, run)]
+            findings = [_identity(run, state), _order(run, state, tolerance), _middle_calls(model, state, run)]
         findings.append(_gradients(model, state, run))
-        seconds = _seconds(state, run, repeats)
+        seconds = _seconds(model, state, run, repeats)
     finally:
         model.train(training)
     report = Report(type(model).__name__, tuple(findings), seconds)
@@ -114,6 +122,29 @@ def first_tensor(output: Any) -> Tensor:
             f"the model returned {type(output).__name__}, in which no prediction was found: wrap a model of tensors"
         )
     return output
+
+
+def _identity(run: Callable[..., Tensor], state: SprintState) -> Finding:
+    name = "full path = the host itself"
+    full = run("full")
+    state.bypassed = True
+    try:
+        host = run("full")
+    finally:
+        state.bypassed = False
+    difference = ((full - host).abs().max() / host.abs().max().clamp_min(1e-12)).item()
+    if not _is_identity(state.fusion):
+        return Finding(name, None, f"the fusion is not the identity (any more): relative difference {difference:.1e}")
+    return Finding(name, full.equal(host), "bit by bit" if full.equal(host) else f"relative difference {difference:.1e}")
+
+
+def _is_identity(fusion: nn.Module) -> bool:
+    """Whether the fusion hands all deep tokens on as they are."""
+    if not isinstance(fusion, SparseDenseResidual):
+        return True  # routing and mask do, by construction
+    deep, *others = fusion.proj.weight.split(fusion.dim, dim=1)
+    identity = torch.eye(fusion.dim, device=deep.device, dtype=deep.dtype)
+    return deep.equal(identity) and not any(other.any() for other in (*others, fusion.proj.bias))
 
 
 def _order(run: Callable[..., Tensor], state: SprintState, tolerance: float) -> Finding:
@@ -163,7 +194,7 @@ def _gradients(model: nn.Module, state: SprintState, run: Callable[..., Tensor])
     return Finding(name, not missing, f"none for {', '.join(missing[:3])}" if missing else f"{len(parameters)} parameters")
 
 
-def _seconds(state: SprintState, run: Callable[..., Tensor], repeats: int) -> dict[str, float]:
+def _seconds(model: nn.Module, state: SprintState, run: Callable[..., Tensor], repeats: int) -> dict[str, float]:
     def median(job: Callable[[], Any]) -> float:
         job()
         times = []
@@ -177,7 +208,7 @@ def _seconds(state: SprintState, run: Callable[..., Tensor], repeats: int) -> di
     with torch.no_grad():
         for name in paths:
             seconds[f"forward, {name}"] = median(lambda name=name: run(name))
-    parameters = [p for p in state.parameters() if p.requires_grad]
+    parameters = [p for p in model.parameters() if p.requires_grad]
     for name in paths[:-1]:
         if parameters:
             seconds[f"forward and backward, {name}"] = median(

@@ -1,10 +1,9 @@
 """How a model passes its tokens: what `wrap` must know of an architecture, declared in a few lines.
 
 A block takes a stream of tokens. In an image stream all of them are image (or video) tokens, which may be dropped. In a
-joint
-stream text tokens, registers or reference images come first ("text+image") or last ("image+text"); they are never dropped.
-Everything else that a block gets and that has one row per token (rotary tables, masks) is a `Table`, gathered with the
-tokens.
+joint stream text tokens, registers or reference images come first ("text+image") or last ("image+text"); they are never
+dropped. Everything else that a block gets and that has one row per token (rotary tables, masks) is a `Table`, gathered
+with the tokens.
 """
 
 from collections.abc import Callable, Mapping
@@ -71,11 +70,9 @@ class Host:
         blocks: its runs of blocks, in the order in which `forward` calls them.
         width: attribute with the token width C (dots allowed), or a function of the model; None looks for the usual names.
         grid: function of the model and `forward`'s arguments by name that gives the token grid, (rows, columns) or
-            (frames, rows,
-            columns); None reads it off a first argument (B, C, H, W).
+            (frames, rows, columns); None reads it off a first argument (B, C, H, W).
         image_tokens: function of the model, `forward`'s arguments by name and the length of the stream that gives the
-            number of
-            image tokens, for models whose first block already has a joint stream.
+            number of image tokens, for models whose first block already has a joint stream.
         image_starts: function of the model and `forward`'s arguments by name that gives (B,) where the image begins in each
             sample's joint stream, where captions of different lengths put it in different places.
         always_kept: function of the model and `forward`'s arguments by name that gives how many of the first and of the last

@@ -1,10 +1,9 @@
 """The route of one forward pass through a wrapped model: what is captured, dropped, restored and fused, and where.
 
-While the model's own `forward` runs, its block lists yield `Bound` blocks. The first middle block captures the encoder's
-tokens and
-draws the subset, every middle block sees the kept tokens and their table rows, and the exit of the last one restores and
-fuses.
-A route belongs to one call: a checkpointed recomputation finds the subset that its own forward pass drew.
+While the model's own `forward` runs, its block lists yield `Bound` blocks. The first middle block captures the
+encoder's tokens and draws the subset, every middle block sees the kept tokens and their table rows, and the exit of the
+last one restores and fuses. A route belongs to one call: a checkpointed recomputation finds the subset that its own
+forward pass drew.
 """
 
 import math

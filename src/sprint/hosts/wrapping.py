@@ -1,10 +1,8 @@
 """`wrap`: SPRINT inside a model that you already have, its own `forward` untouched.
 
-The wrapped model is of a subclass with its class's name; parameters, their names, hooks and configuration stay. While its
-`forward`
-runs, its block lists yield blocks that know their route (`sprint.hosts.route`). The only new parameters are the fusion and
-the
-mask token, under `sprint.`.
+The wrapped model is of a subclass with its class's name; parameters, their names, hooks and configuration stay. While
+its `forward` runs, its block lists yield blocks that know their route (`sprint.hosts.route`). The only new parameters
+are the fusion and the mask token, under `sprint.`.
 """
 
 import functools
@@ -48,6 +46,7 @@ class SprintState(nn.Module):
             None  # of a batch of both guidance branches: takes the shallow path
         )
         self.split_calls = 0
+        self.bypassed = False  # run the host as if it were not wrapped, for `check`
         self.route: tuple[Path, TokenSubset | None, Drop | None, torch.Generator | None] = ("full", None, None, None)
 
     def arguments(self, args: tuple, kwargs: Mapping[str, Any]) -> dict[str, Any]:
@@ -74,18 +73,16 @@ def wrap(
     It starts on the full path: nothing is dropped until `sprint.path(model, "sparse")` says so.
 
     Args:
-        model: a registered architecture (`sprint.registered()`), or any model with one list of blocks whose first argument
-            and result are
-            the tokens (B, N, C).
+        model: a registered architecture (`sprint.registered()`), or any model with one list of blocks whose first
+            argument and result are the tokens (B, N, C).
         encoder_depth: blocks before the middle, counted over all its lists.
         decoder_depth: blocks after it.
         drop: default drop sampler of the sparse path.
         path_drop: probability of dropping a sample's deep path, in training.
         merge: "residual" (SPRINT), "routing" (TREAD: dropped tokens bypass the middle), or "mask" (mask token only), to
             compare them.
-        init: of the residual fusion. "identity" leaves a pretrained model as it is, bit by bit, on the full path; "xavier"
-            is
-            the paper's, for training from scratch.
+        init: of the residual fusion. "identity" leaves a pretrained model as it is, bit by bit, on the full path;
+            "xavier" is the paper's, for training from scratch.
         learnable_mask: train the mask token; by default frozen for "residual", as in the reference, and trained for "mask".
         grid: token grid, where the model's arguments do not tell it (packed latents).
         checkpoint: recompute each block in the backward pass instead of storing its activations, for models without gradient
@@ -288,6 +285,8 @@ def _wrapped(base: type) -> type:
     @functools.wraps(host_forward)
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
         state = self.sprint
+        if state.bypassed:
+            return host_forward(self, *args, **kwargs)
         route = Route(state, self, state.arguments(args, kwargs))
         lists = []
         for place, first in state.places:
