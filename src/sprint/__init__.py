@@ -1,8 +1,8 @@
 """SPRINT: train and sample diffusion transformers with most tokens dropped (arXiv 2510.21986).
 
-drop = sprint.StructuredDrop(0.75)                                 # which tokens the middle blocks see
-out = sprint.FlowMatchingLoss()(model, images, y=labels, drop=drop) images = sprint.sample(model, noise, y=labels,
-guidance=sprint.PathDropGuidance(2.0))
+drop = sprint.StructuredDrop(0.75)                                # which tokens the middle blocks see
+out = sprint.FlowMatchingLoss()(model, images, y=labels, drop=drop)
+images = sprint.sample(model, noise, y=labels, guidance=sprint.PathDropGuidance(2.0))
 """
 
 from sprint.checkpoint import load_state, save_state

@@ -1,0 +1,108 @@
+"""What every benchmark shares: timing jobs side by side, the table, the CSV file."""
+
+import argparse
+import csv
+import gc
+import importlib.util
+import os
+import platform
+import shlex
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+Row = dict[str, Any]
+
+
+def arguments(description: str) -> argparse.ArgumentParser:
+    """A parser with the options that all benchmarks take."""
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--quick", action="store_true", help="tiny sizes, one repeat: does it run?")
+    parser.add_argument("--repeats", type=int, default=20, help="timed runs of each job, of which the median counts")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--out", type=Path, default=Path("out/benchmarks"), help="folder of the CSV file")
+    return parser
+
+
+def environment(device: str) -> Row:
+    """What a reader needs to judge and repeat a figure."""
+    name = torch.cuda.get_device_name(device) if device.startswith("cuda") else platform.processor() or platform.machine()
+    module = importlib.util.find_spec("__main__")
+    module_name = getattr(sys.modules["__main__"].__spec__ or module, "name", sys.argv[0])
+    return {
+        "device": name if device.startswith("cuda") else f"{name}, {torch.get_num_threads()} threads",
+        "torch": torch.__version__,
+        "commit": _commit(),
+        "command": shlex.join(["python", "-m", module_name, *sys.argv[1:]]),
+    }
+
+
+def seconds(jobs: Mapping[str, Callable[[], Any]], *, repeats: int, device: str, warmup: int = 3) -> dict[str, float]:
+    """Median seconds of each job, taken in turns so that a machine that slows down slows all of them."""
+    times: dict[str, list[float]] = {name: [] for name in jobs}
+    for name, job in jobs.items():
+        for _ in range(warmup if repeats > 1 else 1):
+            job()
+        gc.collect()
+    for _ in range(repeats):
+        for name, job in jobs.items():
+            synchronize(device)
+            start = time.perf_counter()
+            job()
+            synchronize(device)
+            times[name].append(time.perf_counter() - start)
+    return {name: statistics.median(values) for name, values in times.items()}
+
+
+def synchronize(device: str) -> None:
+    """Wait for the device."""
+    if device.startswith("cuda"):
+        torch.cuda.synchronize(device)
+
+
+def peak_flops(device: str, *, dtype: torch.dtype, size: int) -> float:
+    """Operations per second of a large matrix product on this device: what a benchmark can hope for."""
+    a, b = (torch.randn(size, size, device=device, dtype=dtype) for _ in range(2))
+    taken = seconds({"product": lambda: a @ b}, repeats=10, device=device)["product"]
+    return 2 * size**3 / taken
+
+
+def publish(name: str, rows: list[Row], *, out: Path, env: Row) -> Path:
+    """Print the rows as a table and write them, with the environment, to `out/name.csv`."""
+    columns = list(dict.fromkeys(column for row in rows for column in row))
+    cells = [[_cell(row.get(column)) for column in columns] for row in rows]
+    widths = [max(len(column), *(len(row[i]) for row in cells)) for i, column in enumerate(columns)]
+    for line in (columns, *cells):
+        print("  ".join(text.ljust(width) for text, width in zip(line, widths, strict=True)).rstrip())
+    out.mkdir(parents=True, exist_ok=True)
+    path, partial = out / f"{name}.csv", out / f"{name}.csv.partial"
+    with partial.open("w", newline="") as file:
+        writer = csv.DictWriter(file, [*columns, *env])
+        writer.writeheader()
+        writer.writerows({**row, **env} for row in rows)
+    os.replace(partial, path)
+    print(f"\n{env['device']}, torch {env['torch']}, commit {env['commit']}: {path}")
+    return path
+
+
+def _cell(value: Any) -> str:
+    if value is None:
+        return "-"
+    if isinstance(value, float):
+        return f"{value:.4g}" if abs(value) < 1000 else f"{value:.0f}"
+    return str(value)
+
+
+def _commit() -> str:
+    def git(*command: str) -> str:
+        run = subprocess.run(["git", *command], capture_output=True, text=True, check=False, cwd=Path(__file__).parent)
+        return run.stdout.strip()
+
+    commit = git("rev-parse", "--short", "HEAD")
+    return f"{commit}{'+changes' if git('status', '--porcelain', '-uno') else ''}" if commit else "unknown"
