@@ -46,7 +46,7 @@ def environment(device: str) -> Row:
 def seconds(jobs: Mapping[str, Callable[[], Any]], *, repeats: int, device: str, warmup: int = 3) -> dict[str, float]:
     """Median seconds of each job, taken in turns so that a machine that slows down slows all of them."""
     times: dict[str, list[float]] = {name: [] for name in jobs}
-    for name, job in jobs.items():
+    for job in jobs.values():
         for _ in range(warmup if repeats > 1 else 1):
             job()
         gc.collect()

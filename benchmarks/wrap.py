@@ -5,9 +5,10 @@ python -m benchmarks.wrap [--quick]
 
 import copy
 from collections.abc import Callable
+from typing import Literal
 
 import torch
-from diffusers import DiTTransformer2DModel
+from diffusers.models.transformers.dit_transformer_2d import DiTTransformer2DModel
 
 import sprint
 from benchmarks import report
@@ -32,7 +33,7 @@ def main() -> None:
     x = torch.randn(args.batch, 4, args.side, args.side, device=args.device)
     call = {"timestep": torch.arange(args.batch, device=args.device), "class_labels": torch.zeros_like(x[:, 0, 0, 0]).long()}
 
-    def step(model: torch.nn.Module, path: str | None) -> Callable[[], None]:
+    def step(model: torch.nn.Module, path: Literal["full", "sparse"] | None) -> Callable[[], None]:
         def job() -> None:
             model.zero_grad()
             if path is None:

@@ -159,11 +159,11 @@ class SparseDenseResidual(nn.Module):
         if deep is None:
             base, fill = self.proj(source, self.mask_token)
             return (base + fill).expand_as(shallow)
-        base, fill, deep = self.proj(source, self.mask_token, deep)  # (B, N, C), (1, 1, C), (B, K, C)
+        base, fill, sparse = self.proj(source, self.mask_token, deep)  # (B, N, C), (1, 1, C), (B, K, C)
         dropped = _drawn(self, shallow, dropped, generator)
         if dropped is not None:
-            deep = torch.where(dropped.view(-1, 1, 1), fill, deep)
-        return base + (deep if subset is None else subset.restore(deep, fill))
+            sparse = torch.where(dropped.view(-1, 1, 1), fill, sparse)
+        return base + (sparse if subset is None else subset.restore(sparse, fill))
 
     def extra_repr(self) -> str:
         return f"dim={self.dim}, path_drop={self.path_drop}, sources={self.sources!r}"
