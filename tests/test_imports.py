@@ -38,6 +38,7 @@ ALLOWED = {
     "hosts.wrapping": {"checkpoint", "drop", "fusion", "hosts.declare", "hosts.places", "hosts.route", "middle", "tokens"},
     "pipeline": {"checkpoint", "diffusers", "guidance", "hosts.check", "sit"},
     "diffusers": {"checkpoint", "drop", "hosts.wrapping"},
+    "costs": {"config", "drop", "hosts.check", "hosts.wrapping", "sit"},
     "hosts.check": {"fusion", "hosts.wrapping", "random", "tokens"},
 }
 CORE = {"torch", "einops", "safetensors", "numpy"}

@@ -7,6 +7,7 @@ images = sprint.sample(model, noise, y=labels, guidance=sprint.PathDropGuidance(
 
 from sprint.checkpoint import load_state, save_state
 from sprint.config import SiTConfig
+from sprint.costs import Cost, Hardware, cost
 from sprint.drop import Drop, RandomDrop, StructuredDrop
 from sprint.flow import FlowMatchingLoss, LogNormalTime, LossOutput, ShiftedTime, UniformTime, repa_loss
 from sprint.fusion import MaskRestore, SparseDenseResidual, TokenRouting
@@ -24,10 +25,12 @@ __all__ = [
     "Blocks",
     "ClassifierFreeGuidance",
     "CosineInterpolant",
+    "Cost",
     "Drop",
     "Euler",
     "EulerMaruyama",
     "FlowMatchingLoss",
+    "Hardware",
     "Heun",
     "Host",
     "Interpolant",
@@ -51,6 +54,7 @@ __all__ = [
     "TokenSubset",
     "UniformTime",
     "check",
+    "cost",
     "load_state",
     "path",
     "register",

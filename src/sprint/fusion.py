@@ -41,7 +41,7 @@ class SplitLinear(nn.Module):
     def forward(self, shallow: Tensor | None, *deep: Tensor) -> tuple[Tensor, ...]:
         """`W_f f + b` (or `b` without shallow tokens), and `W_g g` of each of the deep ones."""
         for tokens in (shallow, *deep):
-            if tokens is None or torch.is_autocast_enabled(tokens.device.type):
+            if tokens is None or tokens.is_meta or torch.is_autocast_enabled(tokens.device.type):
                 continue
             if tokens.dtype != self.weight.dtype:
                 raise TypeError(

@@ -34,7 +34,7 @@ def check_inputs(config: SiTConfig, x: Tensor, t: Tensor, y: Tensor | None, *, l
     for name, tensor in (("x", x), ("t", t), ("y", y)):
         if tensor is not None and tensor.device != like.device:
             raise ValueError(f"{name} is on {tensor.device}, the model on {like.device}: move one with .to(device)")
-    if not torch.is_autocast_enabled(x.device.type):
+    if not x.is_meta and not torch.is_autocast_enabled(x.device.type):
         for name, tensor in (("x", x), ("y", y)):
             if tensor is not None and tensor.is_floating_point() and tensor.dtype != like.dtype:
                 raise TypeError(
