@@ -38,6 +38,9 @@ ALLOWED = {
     "hosts.wrapping": {"checkpoint", "drop", "fusion", "hosts.declare", "hosts.places", "hosts.route", "middle", "tokens"},
     "pipeline": {"checkpoint", "diffusers", "guidance", "hosts.check", "sit"},
     "diffusers": {"checkpoint", "drop", "hosts.wrapping"},
+    "capture": set(),
+    "compiling": {"hosts.wrapping", "layers"},
+    "step": {"capture", "compiling", "guidance"},
     "costs": {"config", "drop", "hosts.check", "hosts.wrapping", "sit"},
     "hosts.check": {"fusion", "hosts.wrapping", "random", "tokens"},
 }

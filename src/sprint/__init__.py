@@ -17,6 +17,7 @@ from sprint.interpolants import CosineInterpolant, Interpolant, LinearInterpolan
 from sprint.middle import SparseMiddle
 from sprint.sampling import Euler, EulerMaruyama, Heun, State, sample, trajectory
 from sprint.sit import SiT
+from sprint.step import StepOutput, TrainStep
 from sprint.tokens import TokenSubset
 
 __version__ = "0.1.0"
@@ -48,10 +49,12 @@ __all__ = [
     "SparseGuidance",
     "SparseMiddle",
     "State",
+    "StepOutput",
     "StructuredDrop",
     "Table",
     "TokenRouting",
     "TokenSubset",
+    "TrainStep",
     "UniformTime",
     "check",
     "cost",

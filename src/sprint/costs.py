@@ -52,8 +52,8 @@ class Hardware:
 
 H100 = Hardware("H100", flops=380e12, update=24e-12, launch=8e-6)
 """Rates that fit the bf16 training steps of XL/2 which the project's owner measured with a prototype of this library,
-captured in a CUDA graph, to 6 % (256 px at batch 32 and 64 and 512 px at batch 16: sparse 39.9, 61.5 and 63.7 ms, dense 75.7, 135.2
-and 152 ms). The time to launch an operation is an assumption. Not yet measured with this library."""
+captured in a CUDA graph, to 6 % (256 px at batch 32 and 64 and 512 px at batch 16: sparse 39.9, 61.5 and 63.7 ms,
+dense 75.7, 135.2 and 152 ms). The time to launch an operation is an assumption. Not yet measured with this library."""
 
 
 @dataclass(frozen=True)

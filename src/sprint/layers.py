@@ -142,6 +142,8 @@ def modulate(tokens: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
 class Block(nn.Module):
     """Transformer block with adaLN-Zero conditioning (DiT, section 3.2)."""
 
+    recompute = False  # activation checkpointing: see SiT.set_checkpointing
+
     def __init__(self, dim: int, heads: int, *, mlp_ratio: float = 4.0) -> None:
         super().__init__()
         self.attn = Attention(dim, heads)

@@ -17,6 +17,7 @@ from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from sprint.fusion import SparseDenseResidual
 from sprint.tokens import TokenSubset
@@ -30,7 +31,11 @@ def run(
     """Run blocks in turn; also return the tokens after the first `tap` of them (None if `tap` lies outside)."""
     tapped = None
     for count, block in enumerate(blocks, start=1):
-        tokens = block(tokens, *args, **kwargs)
+        if getattr(block, "recompute", False) and torch.is_grad_enabled():
+            # Blocks draw nothing, so that there is no random state to keep (nor could a CUDA graph read one).
+            tokens = checkpoint(block, tokens, *args, use_reentrant=False, preserve_rng_state=False, **kwargs)
+        else:
+            tokens = block(tokens, *args, **kwargs)
         if count == tap:
             tapped = tokens
     return tokens, tapped

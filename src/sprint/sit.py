@@ -221,6 +221,16 @@ class SiT(nn.Module):
                 module.backend = backend
         return self
 
+    def set_checkpointing(self, enabled: bool = True) -> "SiT":
+        """Recompute each block in the backward pass instead of storing its activations; returns self.
+
+        Less memory for about a third more work. Drops and fusion are not recomputed.
+        """
+        for module in self.modules():
+            if isinstance(module, Block):
+                module.recompute = enabled
+        return self
+
     def save(self, path: checkpoint.PathLike) -> None:
         """Write weights and configuration to one safetensors file, atomically."""
         checkpoint.write_tensors(path, self.state_dict(), {_CONFIG: json.dumps(dataclasses.asdict(self.config))})
