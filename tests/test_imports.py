@@ -40,6 +40,7 @@ ALLOWED = {
     "diffusers": {"checkpoint", "drop", "hosts.wrapping"},
     "capture": set(),
     "compiling": {"hosts.wrapping", "layers"},
+    "inference": {"capture", "compiling"},
     "step": {"capture", "compiling", "guidance"},
     "costs": {"config", "drop", "hosts.check", "hosts.wrapping", "sit"},
     "hosts.check": {"fusion", "hosts.wrapping", "random", "tokens"},

@@ -13,6 +13,7 @@ from sprint.flow import FlowMatchingLoss, LogNormalTime, LossOutput, ShiftedTime
 from sprint.fusion import MaskRestore, SparseDenseResidual, TokenRouting
 from sprint.guidance import ClassifierFreeGuidance, PathDropGuidance, SparseGuidance
 from sprint.hosts import Blocks, Host, Report, Table, check, path, register, registered, unwrap, wrap
+from sprint.inference import CapturedModel
 from sprint.interpolants import CosineInterpolant, Interpolant, LinearInterpolant
 from sprint.middle import SparseMiddle
 from sprint.sampling import Euler, EulerMaruyama, Heun, State, sample, trajectory
@@ -24,6 +25,7 @@ __version__ = "0.1.0"
 
 __all__ = [
     "Blocks",
+    "CapturedModel",
     "ClassifierFreeGuidance",
     "CosineInterpolant",
     "Cost",

@@ -19,6 +19,7 @@ from torch.utils import _pytree as pytree
 
 WARMUP = 3  # compilation, allocation of optimizer states, and the library's own warm-up happen before a capture
 LIMIT = 8  # graphs kept: each holds the activations of its shape
+MEMORY = 64  # signatures remembered
 
 
 class Graph(Protocol):
@@ -108,6 +109,7 @@ class Graphs:
         signature = (structure, *(_of(leaf) for leaf in leaves), self.state())
         try:
             entry = self.entries.setdefault(signature, _Entry())
+            self._forget()
         except TypeError:
             names = [type(leaf).__name__ for leaf in leaves if not isinstance(leaf, Hashable)]
             self.say(f"an argument is neither a tensor nor hashable ({', '.join(names)})")
@@ -151,6 +153,14 @@ class Graphs:
             return
         entry.graph, entry.inputs = graph, inputs
 
+    def _forget(self) -> None:
+        """Signatures that never come back (an argument or a path with a new object in it at each call) must not pile up."""
+        if len(self.entries) > MEMORY:
+            self.say(f"{MEMORY} signatures so far, most of which did not come back: pass what changes as a tensor")
+            waiting = [signature for signature, entry in self.entries.items() if entry.graph is None]
+            for signature in waiting[: len(self.entries) - MEMORY]:
+                del self.entries[signature]
+
     def _plainly(self, args: tuple, kwargs: dict[str, Any]) -> Any:
         if self.stream is None:
             return self.function(*args, **kwargs)
@@ -164,6 +174,22 @@ class Graphs:
             if isinstance(leaf, Tensor):
                 leaf.record_stream(current)
         return output
+
+
+class ModelState:
+    """What a captured pass through a model has built in: its mode, the path it was told to take, where its weights are."""
+
+    def __init__(self, model: torch.nn.Module) -> None:
+        self.model = model
+        self.names = ("route", "_route", "grid", "weak_half")  # of a SparseMiddle, and of what `wrap` adds
+        self.parts = [module for module in model.modules() if any(hasattr(module, name) for name in self.names[:2])]
+        parameters = list(model.parameters())
+        self.ends = (parameters[0], parameters[-1]) if parameters else ()
+
+    def __call__(self) -> Hashable:
+        """A value that differs when a graph no longer holds."""
+        routes = tuple(getattr(part, name, None) for part in self.parts for name in self.names)
+        return self.model.training, routes, tuple(parameter.data_ptr() for parameter in self.ends)
 
 
 def _of(leaf: Any) -> Hashable:

@@ -8,7 +8,7 @@ same numbers.
 """
 
 import math
-from collections.abc import Callable, Hashable, Iterable
+from collections.abc import Callable, Hashable
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, NamedTuple
 
@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from sprint.capture import LIMIT, WARMUP, Graph, Graphs
+from sprint.capture import LIMIT, WARMUP, Graph, Graphs, ModelState
 from sprint.compiling import compile_blocks
 from sprint.guidance import unwrapped
 
@@ -104,6 +104,7 @@ class TrainStep:
         self._after = self._prepare_ema(ema, ema_decay)
         if on_gpu if compile is None else compile:
             compile_blocks(unwrapped(model))
+        self._model_state = ModelState(model)
         self._rates: list[Tensor] = []
         self._graphs: Graphs | None = None
         self.accumulated = 0
@@ -236,19 +237,9 @@ class TrainStep:
             tuple((key, value) for key, value in group.items() if key not in ("params", "lr") and _plain(value))
             for group in self.optimizer.param_groups
         )
-        routes = tuple(
-            getattr(part, name) for part in self._routed() for name in ("route", "_route", "grid") if hasattr(part, name)
-        )
         ends = (self.parameters[0], self.parameters[-1])
         states = (id(value) for p in ends for value in self.optimizer.state.get(p, {}).values() if isinstance(value, Tensor))
-        return self.model.training, groups, routes, tuple(p.data_ptr() for p in ends), tuple(states)
-
-    def _routed(self) -> Iterable[Any]:
-        """Parts of the model whose path is state: a `SparseMiddle`, or what `wrap` added."""
-        if not hasattr(self, "_parts"):
-            names = ("route", "_route")
-            self._parts = [module for module in self.model.modules() if any(hasattr(module, name) for name in names)]
-        return self._parts
+        return self._model_state(), groups, tuple(states)
 
 
 def _scalar(output: Any) -> Tensor:
