@@ -26,6 +26,7 @@ def arguments(description: str) -> argparse.ArgumentParser:
     parser.add_argument("--quick", action="store_true", help="tiny sizes, one repeat: does it run?")
     parser.add_argument("--repeats", type=int, default=20, help="timed runs of each job, of which the median counts")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path, default=Path("out/benchmarks"), help="folder of the CSV file")
     return parser
 
@@ -60,6 +61,12 @@ def seconds(jobs: Mapping[str, Callable[[], Any]], *, repeats: int, device: str,
     return {name: statistics.median(values) for name, values in times.items()}
 
 
+def grid(text: str) -> tuple[int, int]:
+    """A token grid from the command line, 16x16."""
+    rows, columns = text.split("x")
+    return int(rows), int(columns)
+
+
 def synchronize(device: str) -> None:
     """Wait for the device."""
     if device.startswith("cuda"):
@@ -69,8 +76,20 @@ def synchronize(device: str) -> None:
 def peak_flops(device: str, *, dtype: torch.dtype, size: int) -> float:
     """Operations per second of a large matrix product on this device: what a benchmark can hope for."""
     a, b = (torch.randn(size, size, device=device, dtype=dtype) for _ in range(2))
-    taken = seconds({"product": lambda: a @ b}, repeats=10, device=device)["product"]
-    return 2 * size**3 / taken
+    calls = 10 if device.startswith("cuda") else 1  # one synchronisation for several
+    taken = seconds({"product": lambda: [a @ b for _ in range(calls)]}, repeats=10, device=device)["product"]
+    return 2 * size**3 * calls / taken
+
+
+def default_dtype(device: str) -> torch.dtype:
+    """Of the products: bfloat16 on a GPU, float32 on a CPU."""
+    return torch.bfloat16 if device.startswith("cuda") else torch.float32
+
+
+def measured_peak(device: str, *, quick: bool) -> float:
+    """Peak of this device for the default dtype."""
+    size = 64 if quick else 8192 if device.startswith("cuda") else 2048
+    return peak_flops(device, dtype=default_dtype(device), size=size)
 
 
 def publish(name: str, rows: list[Row], *, out: Path, env: Row) -> Path:
