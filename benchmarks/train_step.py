@@ -1,4 +1,4 @@
-"""Seconds of a training step, sparse and dense: forward, backward, clip, AdamW; `sprint.TrainStep` beside a plain eager loop.
+"""Seconds of a training step, sparse and dense (forward, backward, clip, AdamW): `sprint.TrainStep` beside an eager loop.
 
     python -m benchmarks.train_step                                          # on a GPU: XL/2, 256 and 512 px, bf16
     python -m benchmarks.train_step --preset S/2 --job 16x16:8               # on a CPU: float32

@@ -46,3 +46,128 @@ def test_labels_beyond_the_classes_are_named_before_sampling(model):
     noise = torch.randn(1, 4, 16, 16, device="cuda")
     with pytest.raises(ValueError, match="class ids from 11 to 11"):
         sprint.sample(model.eval().cuda(), noise, y=torch.tensor([11], device="cuda"))
+
+
+SPARSE = sprint.StructuredDrop(0.75)
+
+
+def training(seed=0, *, compiled=False, capture=None, steps=8, jobs=((16, SPARSE), (16, None), (8, SPARSE))):
+    torch.manual_seed(0)
+    model = tiny().cuda().train()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, fused=True)
+    schedule = torch.optim.lr_scheduler.LinearLR(optimizer, 0.1, 1.0, total_iters=steps)
+    ema = copy.deepcopy(model)
+    step = sprint.TrainStep(
+        model, sprint.FlowMatchingLoss(), optimizer, clip=1.0, ema=ema, ema_decay=0.9, compile=compiled, capture=capture
+    )
+    torch.manual_seed(seed)
+    outs = []
+    for _ in range(steps):
+        for side, drop in jobs:
+            x = torch.ones(4, 4, side, side, device="cuda")
+            outs.append(step(x, y=torch.arange(4, device="cuda"), drop=drop))
+            schedule.step()
+    return torch.stack([out.loss for out in outs]), [*model.parameters(), *ema.parameters()], outs
+
+
+def test_captured_steps_equal_plain_ones():
+    """Also the random numbers: a replay draws what the plain step would have drawn."""
+    plain, expected, outs = training(capture=False)
+    assert not any(out.captured for out in outs)
+    captured, actual, outs = training()
+    assert [out.captured for out in outs] == [False] * 9 + [True] * (len(outs) - 9)
+    torch.testing.assert_close(captured, plain, rtol=1e-3, atol=1e-4)  # float32; atomics add in any order
+    for one, other in zip(actual, expected, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-2, atol=1e-3)
+
+
+def test_captured_runs_follow_their_seed():
+    losses, _, _ = training(1, jobs=((16, SPARSE),))
+    again, _, _ = training(1, jobs=((16, SPARSE),))
+    other, _, _ = training(2, jobs=((16, SPARSE),))
+    torch.testing.assert_close(losses, again, rtol=1e-3, atol=1e-4)
+    assert not torch.allclose(losses, other, rtol=1e-2)
+    assert len(set(losses.tolist())) == len(losses)
+
+
+def test_compiled_and_captured_steps_are_close_to_plain_ones():
+    plain, _, _ = training(capture=False)
+    compiled, _, outs = training(compiled=True)
+    assert outs[-1].captured
+    torch.testing.assert_close(compiled, plain, rtol=1e-2, atol=1e-2)
+
+
+@pytest.mark.filterwarnings("error")
+def test_accumulation_is_captured():
+    torch.manual_seed(0)
+    model = tiny().cuda().train()
+    optimizer = torch.optim.AdamW(model.parameters(), fused=True)
+    step = sprint.TrainStep(model, sprint.FlowMatchingLoss(), optimizer, accumulate=2, compile=False)
+    x, y = torch.randn(4, 4, 16, 16, device="cuda"), torch.arange(4, device="cuda")
+    outs = [step(x, y=y, drop=SPARSE) for _ in range(10)]
+    assert [out.updated for out in outs] == [False, True] * 5
+    assert outs[-1].captured
+    assert outs[-2].captured
+
+
+def test_a_step_that_reads_the_device_falls_back():
+    model = torch.nn.Linear(4, 1).cuda()
+
+    def loss(model, x):
+        value = model(x).square().mean()
+        value.item()
+        return value
+
+    step = sprint.TrainStep(model, loss, torch.optim.AdamW(model.parameters(), fused=True), compile=False)
+    x = torch.randn(8, 4, device="cuda")
+    with pytest.warns(RuntimeWarning, match="runs as plain code"):
+        outs = [step(x) for _ in range(6)]
+    assert not any(out.captured for out in outs)
+    assert outs[-1].loss < outs[0].loss
+    good = sprint.TrainStep(
+        model, lambda model, x: model(x).square().mean(), torch.optim.AdamW(model.parameters(), fused=True), compile=False
+    )
+    assert [good(x).captured for _ in range(5)][-1]  # a failed capture leaves the device usable
+
+
+@pytest.mark.parametrize(
+    "guidance", [None, sprint.ClassifierFreeGuidance(2.0), sprint.PathDropGuidance(2.0, interval=(0.2, 0.8))]
+)
+def test_captured_sampling_equals_plain_sampling(model, guidance):
+    model = model.cuda().eval()
+    noise, y = torch.randn(2, 4, 16, 16, device="cuda"), torch.tensor([1, 2], device="cuda")
+    expected = sprint.sample(model, noise, y=y, guidance=guidance, steps=8)
+    fast = sprint.CapturedModel(model, compile=False)
+    actual = sprint.sample(fast, noise, y=y, guidance=guidance, steps=8)
+    assert fast._graphs is not None
+    assert fast._graphs.captured > 0
+    torch.testing.assert_close(actual, expected, rtol=1e-3, atol=1e-3)  # float32
+
+
+def test_bfloat16_gradients_are_as_close_as_eager_autocasts(model):
+    """Relative to float64, of the compiled blocks that TrainStep runs."""
+    from sprint.compiling import compile_blocks
+
+    x, y, t = torch.randn(8, 4, 16, 16), torch.arange(8) % 10, torch.linspace(0.1, 0.9, 8)
+    noise = torch.randn_like(x)
+    subset_drop = sprint.StructuredDrop(0.75)
+
+    def gradients(model, autocast):
+        model.eval()  # no path-drop, no label-drop
+        device = next(model.parameters()).device
+        dtype = next(model.parameters()).dtype
+        with torch.autocast("cuda", torch.bfloat16, enabled=autocast):
+            out = sprint.FlowMatchingLoss()(
+                model, x.to(device, dtype), y=y.to(device), t=t.to(device), noise=noise.to(device, dtype), drop=subset_drop,
+                generator=torch.Generator().manual_seed(0),
+            )  # fmt: skip
+        out.loss.backward()
+        return torch.cat([p.grad.double().cpu().flatten() for p in model.parameters() if p.grad is not None])
+
+    exact = gradients(copy.deepcopy(model).double(), False)
+    eager = gradients(copy.deepcopy(model).cuda(), True)
+    compiled = copy.deepcopy(model).cuda()
+    compile_blocks(compiled)
+    fast = gradients(compiled, True)
+    error = {name: ((g - exact).norm() / exact.norm()).item() for name, g in (("eager", eager), ("fast", fast))}
+    assert error["fast"] < 1.2 * error["eager"], error
