@@ -41,12 +41,14 @@ ALLOWED = {
     "capture": set(),
     "compiling": {"hosts.wrapping", "layers"},
     "inference": {"capture", "compiling"},
-    "step": {"capture", "compiling", "guidance"},
+    "kernels": set(),
+    "optim": {"fusion", "kernels"},
+    "step": {"capture", "compiling", "guidance", "optim"},
     "costs": {"config", "drop", "hosts.check", "hosts.wrapping", "sit"},
     "hosts.check": {"fusion", "hosts.wrapping", "random", "tokens"},
 }
 CORE = {"torch", "einops", "safetensors", "numpy"}
-OPT_IN = {"diffusers", "pipeline"}  # rooms that a user imports by name, for use with diffusers
+OPT_IN = {"diffusers": {"diffusers"}, "pipeline": {"diffusers"}, "kernels": {"triton"}}  # rooms imported where used
 LAZY = {"xformers", "tqdm"}  # imported inside the function that needs them
 
 
@@ -98,7 +100,7 @@ def test_third_parties_are_the_core_or_lazy(path):
     for name, at_import in imports(path):
         top = name.split(".")[0]
         if top != "sprint" and top not in sys.stdlib_module_names:
-            assert top in (CORE | ({"diffusers"} if room(path) in OPT_IN else set())) if at_import else top in CORE | LAZY, (
+            assert top in (CORE | OPT_IN.get(room(path), set())) if at_import else top in CORE | LAZY, (
                 f"{path.name} imports {name}"
             )
 

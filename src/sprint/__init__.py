@@ -16,6 +16,7 @@ from sprint.hosts import Blocks, Host, Report, Table, check, path, register, reg
 from sprint.inference import CapturedModel
 from sprint.interpolants import CosineInterpolant, Interpolant, LinearInterpolant
 from sprint.middle import SparseMiddle
+from sprint.optim import AdamW
 from sprint.sampling import Euler, EulerMaruyama, Heun, State, sample, trajectory
 from sprint.sit import SiT
 from sprint.step import StepOutput, TrainStep
@@ -24,6 +25,7 @@ from sprint.tokens import TokenSubset
 __version__ = "0.1.0"
 
 __all__ = [
+    "AdamW",
     "Blocks",
     "CapturedModel",
     "ClassifierFreeGuidance",

@@ -106,7 +106,7 @@ class Graphs:
         """Call the function; returns its output, and whether a graph did it."""
         leaves, structure = pytree.tree_flatten((args, kwargs))
         tensors = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
-        signature = (structure, *(_of(leaf) for leaf in leaves), self.state())
+        signature = (str(structure), *(_of(leaf) for leaf in leaves), self.state())
         try:
             entry = self.entries.setdefault(signature, _Entry())
             self._forget()

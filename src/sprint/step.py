@@ -19,6 +19,7 @@ from torch.nn.parallel import DistributedDataParallel
 from sprint.capture import LIMIT, WARMUP, Graph, Graphs, ModelState
 from sprint.compiling import compile_blocks
 from sprint.guidance import unwrapped
+from sprint.optim import AdamW, Shadows
 
 
 class StepOutput(NamedTuple):
@@ -43,8 +44,9 @@ class TrainStep:
         model: trained in place, also inside DistributedDataParallel or FSDP2, where nothing is captured: the blocks are
             compiled, and collectives overlap with the backward pass as usual.
         loss: called as `loss(model, *args, **kwargs)`; returns a scalar, or an object or dictionary with a scalar `loss`.
-        optimizer: of torch, or with its interface. On a GPU its learning rates become tensors (schedulers fill them), and
-            its states capturable.
+        optimizer: of torch, or with its interface; `sprint.AdamW` clips and averages in its own pass over memory, and
+            keeps the weights of linear layers in autocast's dtype beside the float32 ones. On a GPU its learning rates
+            become tensors (schedulers fill them), and its states capturable.
         clip: largest total norm of the gradients; None leaves them.
         ema: a copy of the model whose parameters follow (averaged within the captured step), or an object with
             `step(parameters)` (`diffusers.training_utils.EMAModel`) or `update_parameters(model)`
@@ -87,14 +89,7 @@ class TrainStep:
         self.parameters = [p for group in optimizer.param_groups for p in group["params"] if p.requires_grad]
         if not self.parameters:
             raise ValueError("the optimizer has no parameter that requires a gradient: pass model.parameters()")
-        if clip is not None and not clip > 0:
-            raise ValueError(f"clip is the largest norm of the gradients, positive, got {clip}: None turns it off")
-        if accumulate < 1:
-            raise ValueError(f"accumulate must be at least 1 call per update, got {accumulate}")
-        if not 0 <= ema_decay < 1:
-            raise ValueError(f"ema_decay must be in [0, 1), got {ema_decay}")
-        if autocast == torch.float16:
-            raise ValueError("float16 gradients vanish without loss scaling, which TrainStep has not: torch.bfloat16")
+        _check(clip, accumulate, ema_decay, autocast)
         self.device = self.parameters[0].device
         on_gpu = self.device.type == "cuda"
         if capture and not on_gpu and make_graph is None:
@@ -104,6 +99,10 @@ class TrainStep:
         self._after = self._prepare_ema(ema, ema_decay)
         if on_gpu if compile is None else compile:
             compile_blocks(unwrapped(model))
+        self._shadows: Shadows | None = None
+        if isinstance(optimizer, AdamW) and autocast is not None and accumulate == 1 and self._cannot() is None:
+            self._shadows = Shadows(model, autocast)
+            optimizer.shadows = self._shadows.copies
         self._model_state = ModelState(model)
         self._rates: list[Tensor] = []
         self._graphs: Graphs | None = None
@@ -136,12 +135,14 @@ class TrainStep:
                 belongs to what is captured.
         """
         first, updates = self.accumulated == 0, self.accumulated + 1 == self.accumulate
-        self.accumulated = 0 if updates else self.accumulated + 1
+        if self._shadows is not None:
+            self._shadows.refresh()
         if self._graphs is None:
             (loss, norm, metrics), captured = self._run(*args, _first=first, _updates=updates, **kwargs), False
         else:
             self._keep_rates()
             (loss, norm, metrics), captured = self._graphs(*args, _first=first, _updates=updates, **kwargs)
+        self.accumulated = 0 if updates else self.accumulated + 1
         if updates:
             self._after()
         return StepOutput(loss, norm, metrics, updates, captured)
@@ -152,28 +153,39 @@ class TrainStep:
             torch._foreach_zero_([p.grad for p in self.parameters])  # pyright: ignore[reportPrivateImportUsage]
         with self._synchronised(_updates):
             context = nullcontext() if self.autocast is None else torch.autocast(self.device.type, self.autocast)
-            with context:
+            with context, self._shadows or nullcontext():
                 output = self.loss(self.model, *args, **kwargs)
             loss = _scalar(output)
             (loss / self.accumulate).backward()
         if not _updates:
             return loss.detach(), None, _metrics(output)
+        norm = self._update()
+        self._release()
+        return loss.detach(), norm, _metrics(output)
+
+    def _update(self) -> Tensor | None:
+        """Clip, update, average; returns the norm if clipped."""
+        if isinstance(self.optimizer, AdamW):
+            self.optimizer.step(clip=self.clip, averages=self._averages, average_decay=self._decay)
+            if self._shadows is not None:
+                self._shadows.remember()
+            return None if self.clip is None else self.optimizer.grad_norm
         norm = None
         if self.clip is not None:
             norm = torch.nn.utils.clip_grad_norm_(self.parameters, self.clip)
         self.optimizer.step()
-        if self._averages is not None:
-            averages, parameters, decay = self._averages
-            torch._foreach_lerp_(averages, parameters, 1 - decay)  # pyright: ignore[reportPrivateImportUsage]
-        if self.accumulate == 1:
-            self._release()
-        return loss.detach(), norm, _metrics(output)
+        if self._averages:
+            parameters, averages = [p.data for p in self._averages], list(self._averages.values())
+            torch._foreach_lerp_(averages, parameters, 1 - self._decay)  # pyright: ignore[reportPrivateImportUsage]
+        return norm
 
     def _release(self) -> None:
         """Drop the gradients, which are used up, so that a backward pass writes new ones instead of adding."""
         if self.accumulate == 1:
             for parameter in self.parameters:
                 parameter.grad = None
+            if self._shadows is not None:
+                self._shadows.release()
 
     def _synchronised(self, updates: bool) -> AbstractContextManager[Any]:
         """Gradients are averaged over processes when they are complete."""
@@ -184,7 +196,8 @@ class TrainStep:
         return nullcontext()
 
     def _prepare_ema(self, ema: Any, decay: float) -> Callable[[], None]:
-        self._averages: tuple[list[Tensor], list[Tensor], float] | None = None
+        self._averages: dict[Tensor, Tensor] = {}
+        self._decay = decay
         model = unwrapped(self.model)
         if ema is None:
             return lambda: None
@@ -194,8 +207,7 @@ class TrainStep:
             ours, theirs = dict(model.named_parameters()), dict(ema.named_parameters())
             if ours.keys() != theirs.keys():
                 raise ValueError("ema is not a copy of the model: copy.deepcopy(model), before it is wrapped in DDP")
-            pairs = [(theirs[name].data, ours[name].data) for name in ours if ours[name].requires_grad]
-            self._averages = [a for a, _ in pairs], [p for _, p in pairs], decay
+            self._averages = {ours[name]: theirs[name].data for name in ours if ours[name].requires_grad}
             return lambda: None
         if hasattr(ema, "step"):
             return lambda: ema.step(model.parameters())
@@ -240,6 +252,17 @@ class TrainStep:
         ends = (self.parameters[0], self.parameters[-1])
         states = (id(value) for p in ends for value in self.optimizer.state.get(p, {}).values() if isinstance(value, Tensor))
         return self._model_state(), groups, tuple(states)
+
+
+def _check(clip: float | None, accumulate: int, ema_decay: float, autocast: torch.dtype | None) -> None:
+    if clip is not None and not clip > 0:
+        raise ValueError(f"clip is the largest norm of the gradients, positive, got {clip}: None turns it off")
+    if accumulate < 1:
+        raise ValueError(f"accumulate must be at least 1 call per update, got {accumulate}")
+    if not 0 <= ema_decay < 1:
+        raise ValueError(f"ema_decay must be in [0, 1), got {ema_decay}")
+    if autocast == torch.float16:
+        raise ValueError("float16 gradients vanish without loss scaling, which TrainStep has not: torch.bfloat16")
 
 
 def _scalar(output: Any) -> Tensor:
