@@ -44,9 +44,12 @@ def measure(name: str, preset: str, grid: tuple[int, int], batch: int, args: Any
     dtype = torch.bfloat16 if on_gpu else None
     torch.manual_seed(args.seed)
     model = sprint.SiT.preset(preset).to(args.device).train()
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
+    if name.endswith("sprint.AdamW"):
+        optimizer: torch.optim.Optimizer = sprint.AdamW(model.parameters(), lr=1e-4)
+    else:
+        optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
     loss = sprint.FlowMatchingLoss()
-    if name == "TrainStep":
+    if name.startswith("TrainStep"):
         step: Callable = sprint.TrainStep(model, loss, optimizer, clip=CLIP, autocast=dtype)
     else:
         step = eager(model, loss, optimizer, dtype, args.device)
@@ -91,7 +94,7 @@ def main() -> None:
         cost = sprint.cost(args.preset, grid=grid, batch=int(batch))
         flops = {"sparse": cost.sparse.training, "dense": cost.full.training}
         predicted = {"sparse": cost.estimate()["sparse, captured"], "dense": cost.estimate()["full, captured"]}
-        for name in ("eager", "TrainStep"):
+        for name in ("eager", "TrainStep", "TrainStep, sprint.AdamW"):
             for row in measure(name, args.preset, grid, int(batch), args):
                 rate = flops[row["path"]] / (row["ms"] / 1000)
                 rows.append(

@@ -130,6 +130,44 @@ def test_a_step_that_reads_the_device_falls_back():
     assert [good(x).captured for _ in range(5)][-1]  # a failed capture leaves the device usable
 
 
+@pytest.mark.parametrize("extras", [False, True])
+@pytest.mark.parametrize("gradient", [torch.float32, torch.bfloat16])
+def test_the_adamw_kernel_equals_its_twin(gradient, extras):
+    from sprint.kernels import adamw
+    from sprint.optim import update
+
+    results = []
+    for function, device in ((update, "cpu"), (adamw, "cuda")):
+        generator = torch.Generator().manual_seed(0)
+        p, m, g, average = (torch.randn(100_001, generator=generator).to(device) for _ in range(4))
+        v = torch.rand(100_001, generator=generator).to(device)
+        shadow = torch.full_like(p, float("nan"), dtype=torch.bfloat16) if extras else None
+        function(
+            p, g.to(gradient), m, v, shadow=shadow, average=average if extras else None, beta1=0.9, beta2=0.99, eps=1e-8,
+            scalars=torch.tensor([0.01, 0.3, 0.5, 0.7], device=device), weight_decay=0.1, average_decay=0.9,
+        )  # fmt: skip
+        results.append([tensor.cpu() for tensor in (p, m, v, average, *([shadow] if shadow is not None else []))])
+    for expected, actual in zip(*results, strict=True):
+        rtol = 1e-5 if actual.dtype == torch.float32 else 2**-7  # one step of bfloat16, where float32 differs in its last
+        torch.testing.assert_close(actual, expected, rtol=rtol, atol=1e-6)
+
+
+@pytest.mark.parametrize("capture", [False, None])
+def test_bfloat16_copies_train_like_autocast(capture):
+    def run(optimizer_class):
+        torch.manual_seed(0)
+        model = tiny().cuda().train()
+        step = sprint.TrainStep(
+            model, sprint.FlowMatchingLoss(), optimizer_class(model.parameters(), lr=1e-3), clip=1.0, compile=False,
+            autocast=torch.bfloat16, capture=capture,
+        )  # fmt: skip
+        torch.manual_seed(1)
+        x, y = torch.randn(4, 4, 16, 16, device="cuda"), torch.arange(4, device="cuda")
+        return torch.stack([step(x, y=y, drop=SPARSE).loss for _ in range(12)])
+
+    torch.testing.assert_close(run(sprint.AdamW), run(torch.optim.AdamW), rtol=1e-2, atol=1e-2)
+
+
 @pytest.mark.parametrize(
     "guidance", [None, sprint.ClassifierFreeGuidance(2.0), sprint.PathDropGuidance(2.0, interval=(0.2, 0.8))]
 )
