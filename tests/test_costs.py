@@ -128,6 +128,10 @@ def test_hardware_of_your_own():
 def test_bad_input():
     with pytest.raises(ValueError, match="give the token grid"):
         sprint.cost("XL/2")
+    with pytest.raises(ValueError, match="batch at least 1"):
+        sprint.cost("S/2", grid=(16, 16), batch=0)
+    with pytest.raises(ValueError, match="rows, columns"):
+        sprint.cost("S/2", grid=(16,))
     with pytest.raises(ValueError, match="unknown preset 'XXL'"):
         sprint.cost("XXL", grid=(16, 16))
     with pytest.raises(ValueError, match="Linear is not wrapped"):

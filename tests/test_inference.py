@@ -92,3 +92,5 @@ def test_refusals():
         CapturedModel(tiny().train())
     with pytest.raises(ValueError, match="needs a CUDA device"):
         CapturedModel(tiny().eval(), capture=True)
+    with pytest.raises(ValueError, match="on one device, got no parameters"):
+        CapturedModel(torch.nn.Identity().eval())

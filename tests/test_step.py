@@ -257,6 +257,7 @@ def test_a_plain_step_on_a_cpu_is_silent():
         ({"accumulate": 0}, ValueError, "accumulate must be at least 1"),
         ({"ema_decay": 1.0}, ValueError, "ema_decay must be in"),
         ({"ema": 0.999}, TypeError, "ema must be a copy of the model"),
+        ({"clip": 1.0, "ema": 3}, TypeError, "ema must be a copy"),
         ({"ema": nn.Linear(4, 4)}, ValueError, "ema is not a copy of the model"),
         ({"capture": True}, ValueError, "needs a CUDA device"),
         ({"autocast": torch.float16}, ValueError, "float16 gradients vanish"),
@@ -272,6 +273,13 @@ def test_bad_models_and_losses():
     with pytest.raises(ValueError, match="no parameter that requires a gradient"):
         TrainStep(frozen, lambda model: None, torch.optim.SGD(frozen.parameters()))
     model = nn.Linear(2, 2)
+    optimizer = torch.optim.SGD(model.parameters())
+    with pytest.raises(TypeError, match="optimizer must be one like .* got generator"):
+        TrainStep(model, lambda model: None, model.parameters())
+    with pytest.raises(TypeError, match="loss must be a function"):
+        TrainStep(model, 1.0, optimizer)
+    with pytest.raises(ValueError, match="ema is not a copy of the model"):
+        TrainStep(model, lambda model: None, optimizer, ema=model)
     step = TrainStep(model, lambda model, x: model(x), torch.optim.SGD(model.parameters()))
     with pytest.raises(TypeError, match=r"must return a scalar tensor.*got \(3, 2\)"):
         step(torch.randn(3, 2))

@@ -286,6 +286,76 @@ def test_deepcopy_ema_and_state_dict_round_trip():
         assert model(X, T).equal(other(X, T))  # a copy's path is its own
 
 
+class _Loop(nn.Module):
+    """Six blocks, called in a way of one's own."""
+
+    def __init__(self, call, block=None):
+        super().__init__()
+        self.hidden_size, self.call = 8, call
+        self.blocks = nn.ModuleList([(block or (lambda: nn.Linear(8, 8)))() for _ in range(6)])
+
+    def forward(self, x):
+        return self.call(list(self.blocks) if self.call is not _halves else self.blocks, x)
+
+
+def _halves(blocks, x):
+    for block in blocks[:3]:
+        x = block(x)
+    for block in blocks[3:]:
+        x = block(x)
+    return x
+
+
+def _each(blocks, x):
+    for block in blocks:
+        x = block(x)
+    return x
+
+
+TOKENS = torch.randn(2, 16, 8, generator=torch.Generator().manual_seed(0))
+
+
+def test_lists_called_in_slices():
+    model = wrapped(_Loop(_halves).eval(), drop=RandomDrop(0.75), init="xavier")
+    assert sprint.check(model, TOKENS).ok
+    assert isinstance(model.blocks[:3], nn.ModuleList)  # outside of its forward it is what it was
+
+
+@pytest.mark.parametrize(
+    "call", [lambda blocks, x: _each(blocks[::-1], x), lambda blocks, x: _each(blocks, _each(blocks, x))]
+)
+def test_blocks_out_of_order_or_twice_are_refused(call):
+    with pytest.raises(RuntimeError, match="must run once and in the order of the list"):
+        wrapped(_Loop(call))(TOKENS)
+
+
+def test_blocks_that_are_one_module():
+    shared = nn.Linear(8, 8)
+    model = wrapped(_Loop(_each, lambda: shared).eval(), drop=RandomDrop(0.75), init="xavier")
+    report = sprint.check(model, TOKENS)
+    assert {f.name: f.ok for f in report.findings}["shallow path skips the middle"] is None
+
+
+def test_blocks_whose_results_or_parameters_are_not_what_was_declared():
+    class Pair(nn.Linear):
+        def forward(self, x):
+            return super().forward(x), None
+
+    class Anything(nn.Linear):
+        def forward(self, *args):
+            return super().forward(*args)
+
+    def pairs(blocks, x):
+        for block in blocks:
+            x, _ = block(x)
+        return x
+
+    with pytest.raises(ValueError, match="return 2 values, declared are \\('image',\\)"):
+        wrapped(_Loop(pairs, lambda: Pair(8, 8)))(TOKENS)
+    with pytest.raises(ValueError, match="names no parameter"):
+        wrapped(_Loop(_each, lambda: Anything(8, 8)))
+
+
 def test_hooks_and_dtype_moves():
     model, seen = hosts.DiT().eval(), []
     model.blocks[3].register_forward_hook(lambda module, args, output: seen.append(args[0].shape[1]))

@@ -198,6 +198,8 @@ def cost(
     if isinstance(model, SiT):
         if grid is None or args or kwargs:
             raise ValueError("give the token grid of a SiT, and nothing else: cost(model, grid=(16, 16), batch=32)")
+        if len(grid) != 2 or min(*grid, batch) < 1:
+            raise ValueError(f"grid must be (rows, columns) of tokens and batch at least 1, got {grid} and {batch}")
         return _of_sit(model.config, grid, drop or StructuredDrop(0.75), batch=batch, dtype=dtype, hardware=hardware)
     return _of_wrapped(model, args, kwargs, drop, hardware)
 

@@ -55,7 +55,10 @@ class CapturedModel(nn.Module):
         self.module = model
         self.autocast = autocast
         self.eval()
-        device = next(model.parameters()).device
+        devices = {parameter.device for parameter in model.parameters()}
+        if len(devices) != 1:
+            raise ValueError(f"the model must be on one device, got {sorted(map(str, devices)) or 'no parameters'}")
+        device = devices.pop()
         on_gpu = device.type == "cuda"
         if capture and not on_gpu and make_graph is None:
             raise ValueError(f"capture=True needs a CUDA device, the model is on {device}: leave capture out")

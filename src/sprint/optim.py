@@ -87,7 +87,7 @@ class AdamW(torch.optim.Optimizer):
                 loss = closure()
         used = [(g, [(p, grad) for p in g["params"] if (grad := self._gradient(p)) is not None]) for g in self.param_groups]
         factor = torch.ones((), device=used[0][0]["params"][0].device)
-        if clip is not None:
+        if clip is not None and any(pairs for _, pairs in used):
             self.grad_norm = _norm([grad for _, pairs in used for _, grad in pairs])
             factor = (clip / (self.grad_norm + 1e-6)).clamp(max=1.0)
         for group, pairs in used:

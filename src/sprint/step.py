@@ -86,6 +86,12 @@ class TrainStep:
         limit: int = LIMIT,
         make_graph: Callable[[], Graph] | None = None,
     ) -> None:
+        if not hasattr(optimizer, "param_groups"):
+            raise TypeError(
+                f"optimizer must be one like torch.optim.AdamW(model.parameters()), got {type(optimizer).__name__}"
+            )
+        if not callable(loss):
+            raise TypeError(f"loss must be a function of the model and its batch, got {type(loss).__name__}")
         self.parameters = [p for group in optimizer.param_groups for p in group["params"] if p.requires_grad]
         if not self.parameters:
             raise ValueError("the optimizer has no parameter that requires a gradient: pass model.parameters()")
@@ -205,7 +211,7 @@ class TrainStep:
             return lambda: ema.update_parameters(model)
         if isinstance(ema, nn.Module):
             ours, theirs = dict(model.named_parameters()), dict(ema.named_parameters())
-            if ours.keys() != theirs.keys():
+            if ema is model or ours.keys() != theirs.keys():
                 raise ValueError("ema is not a copy of the model: copy.deepcopy(model), before it is wrapped in DDP")
             self._averages = {ours[name]: theirs[name].data for name in ours if ours[name].requires_grad}
             return lambda: None

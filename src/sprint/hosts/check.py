@@ -159,6 +159,7 @@ def _order(run: Callable[..., Tensor], state: SprintState, tolerance: float) -> 
 
 def _middle_calls(model: nn.Module, state: SprintState, run: Callable[..., Tensor]) -> Finding:
     calls, hooks, index = 0, [], 0
+    seen: set[nn.Module] = set()
 
     def count(*_: Any) -> None:
         nonlocal calls
@@ -169,13 +170,19 @@ def _middle_calls(model: nn.Module, state: SprintState, run: Callable[..., Tenso
         for block in blocks if isinstance(blocks, nn.ModuleList | nn.Sequential) else [blocks]:
             if state.first <= index <= state.last:
                 hooks.append(block.register_forward_hook(count))
+            seen.add(block)
             index += 1
+    name = "shallow path skips the middle"
+    if len(seen) < index:
+        for hook in hooks:
+            hook.remove()
+        return Finding(name, None, "some blocks are one and the same module, so that their calls cannot be told apart")
     try:
         run("shallow")
     finally:
         for hook in hooks:
             hook.remove()
-    return Finding("shallow path skips the middle", calls == 0, f"{calls} calls of {len(hooks)} middle blocks")
+    return Finding(name, calls == 0, f"{calls} calls of {len(hooks)} middle blocks")
 
 
 def _gradients(model: nn.Module, state: SprintState, run: Callable[..., Tensor]) -> Finding:

@@ -24,6 +24,11 @@ class Place:
 
     def __init__(self, blocks: Blocks, parameters: Sequence[str]) -> None:
         self.blocks, self.parameters = blocks, list(parameters)
+        if not self.parameters:
+            raise ValueError(
+                f"the forward of blocks {blocks.name!r} names no parameter, so its tokens cannot be told from the "
+                "rest: give it named parameters"
+            )
         self.image = blocks.image or self.parameters[0]
         for name in (self.image, blocks.text, *blocks.tables, *(blocks.sides or ())):
             if name is not None and name not in self.parameters:

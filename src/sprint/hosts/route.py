@@ -58,6 +58,8 @@ class Route:
         self.order: Tensor | None = None  # (B, L), where captions differ in length: text first, then the image
         self.strong: slice | None = None  # rows that run the middle, when one half of the batch takes the shallow path
         self.fused = False
+        self.reached = -1  # index of the last block called
+        self.finished = False  # the forward pass is over: what is called now is recomputed for the backward pass
         self.single: dict[str, tuple[Place, int]] = {}  # runs of a single block, by attribute
         self._refuse()
 
@@ -67,6 +69,7 @@ class Route:
         if self.state.checkpoint and torch.is_grad_enabled():
             block = partial(checkpoint, block, use_reentrant=False)
         named = place.named(args, kwargs)
+        self._in_order(bound.index)
         if self.num_tokens is None:
             self.num_tokens = self.length = self._count(place, named[place.image])
         if not first <= bound.index <= last:
@@ -84,6 +87,16 @@ class Route:
                 self._gather(place, named, entering=bound.index == first)
             output = place.call(block, named, args, kwargs)
         return self._leave(place, output) if bound.index == last else output
+
+    def _in_order(self, index: int) -> None:
+        if self.finished:
+            return
+        if index <= self.reached:
+            raise RuntimeError(
+                f"{type(self.model).__name__} called block {index} after block {self.reached}: its blocks must run once "
+                "and in the order of the list (or of the declaration)"
+            )
+        self.reached = index
 
     def _refuse(self) -> None:
         """What cannot work with fewer tokens raises before anything runs."""
@@ -149,7 +162,13 @@ class Route:
 
     def _leave(self, place: Place, output: Any) -> Any:
         """Restore and fuse after the last middle block; samples that lost their deep path get the encoder's text too."""
-        parts = dict(zip(place.blocks.returns, output if isinstance(output, (tuple, list)) else (output,), strict=True))
+        returned = output if isinstance(output, (tuple, list)) else (output,)
+        if len(returned) != len(place.blocks.returns):
+            raise ValueError(
+                f"blocks {place.blocks.name!r} return {len(returned)} values, declared are {place.blocks.returns}: "
+                "declare what they return, sprint.Blocks(…, returns=…)"
+            )
+        parts: dict[str, Any] = dict(zip(place.blocks.returns, returned, strict=True))
         stream = parts["image"] if self.path == "sparse" else self._sorted(parts["image"])
         image, text = self._split(place.blocks.stream, stream)
         text = parts.get("text", text)

@@ -266,6 +266,8 @@ class _BoundList:
         return iter([Bound(block, place, first + i, route) for i, block in enumerate(blocks)])
 
     def __getitem__(self, index: Any) -> Any:
+        if isinstance(index, slice) and self.__dict__.get("_sprint") is not None:
+            return list(self)[index]
         block = super().__getitem__(index)  # pyright: ignore[reportAttributeAccessIssue]
         if (bind := self.__dict__.get("_sprint")) is None or not isinstance(index, int):
             return block
@@ -300,6 +302,7 @@ def _wrapped(base: type) -> type:
         try:
             output = host_forward(self, *args, **kwargs)
         finally:
+            route.finished = True
             self.__dict__["_sprint"] = None
             for run in lists:
                 run.__dict__["_sprint"] = None
