@@ -233,3 +233,50 @@ def test_an_unmodified_dit_pipeline():
     assert rows == [2] * 3 + [4] * 3
     assert guided.shape == plain.shape == (2, 16, 16, 3)
     assert abs(guided - plain).max() > 1e-3
+
+
+def test_an_unmodified_qwen_image_pipeline():
+    """Two calls, packed latents, a shifted schedule."""
+    torch.manual_seed(0)
+    transformer = diffusers.QwenImageTransformer2DModel(
+        patch_size=2, in_channels=16, out_channels=4, num_layers=6, attention_head_dim=16, num_attention_heads=2,
+        joint_attention_dim=12, axes_dims_rope=(4, 6, 6),
+    ).eval()  # fmt: skip
+    sprint.wrap(transformer, init="xavier")
+    scheduler = diffusers.FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True)
+    pipe = diffusers.QwenImagePipeline(scheduler, None, None, None, transformer)
+    pipe.set_progress_bar_config(disable=True)
+    prompt, negative = torch.randn(2, 1, 5, 12, generator=torch.Generator().manual_seed(0))
+    mask = torch.ones(1, 5, dtype=torch.long)
+    call = {
+        "prompt_embeds": prompt, "prompt_embeds_mask": mask, "negative_prompt_embeds": negative,
+        "negative_prompt_embeds_mask": mask, "height": 64, "width": 64, "num_inference_steps": 3, "output_type": "latent",
+        "true_cfg_scale": 3.0,
+    }  # fmt: skip
+    calls = []
+    transformer.transformer_blocks[2].register_forward_hook(lambda *_: calls.append(1))
+    plain = pipe(**call, generator=torch.Generator().manual_seed(1)).images
+    assert len(calls) == 6
+    with path_drop_guidance(transformer):
+        guided = pipe(**call, generator=torch.Generator().manual_seed(1)).images
+    assert len(calls) == 6 + 3
+    assert not guided.equal(plain)
+
+
+def test_an_unmodified_pixart_pipeline():
+    """Both branches in one batch, text by cross-attention."""
+    transformer, _ = CASES["pixart"]()
+    sprint.wrap(transformer, init="xavier")
+    pipe = diffusers.PixArtSigmaPipeline(None, None, None, transformer, diffusers.DDIMScheduler())
+    pipe.set_progress_bar_config(disable=True)
+    prompt, negative = torch.randn(2, 1, 5, 12, generator=torch.Generator().manual_seed(0))
+    rows = []
+    transformer.transformer_blocks[2].register_forward_hook(lambda m, a, output: rows.append(len(output)))
+    with path_drop_guidance(transformer, weak_half="first"):
+        images = pipe(
+            None, None, prompt_embeds=prompt, negative_prompt_embeds=negative, prompt_attention_mask=torch.ones(1, 5),
+            negative_prompt_attention_mask=torch.ones(1, 5), height=64, width=64, num_inference_steps=3,
+            output_type="latent", use_resolution_binning=False, guidance_scale=3.0,
+        ).images  # fmt: skip
+    assert rows == [1] * 3
+    assert images.isfinite().all()
