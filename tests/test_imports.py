@@ -42,6 +42,8 @@ ALLOWED = {
     "compiling": {"hosts.wrapping", "layers"},
     "inference": {"capture", "compiling"},
     "kernels": set(),
+    "images": {"checkpoint"},
+    "latents": {"checkpoint", "random"},
     "optim": {"fusion", "kernels"},
     "step": {"capture", "compiling", "guidance", "optim"},
     "costs": {"config", "drop", "hosts.check", "hosts.wrapping", "sit"},
@@ -49,7 +51,7 @@ ALLOWED = {
 }
 CORE = {"torch", "einops", "safetensors", "numpy"}
 OPT_IN = {"diffusers": {"diffusers"}, "pipeline": {"diffusers"}, "kernels": {"triton"}}  # rooms imported where used
-LAZY = {"xformers", "tqdm"}  # imported inside the function that needs them
+LAZY = {"xformers", "tqdm", "PIL"}  # imported inside the function that needs them
 
 
 def imports(path: Path) -> list[tuple[str, bool]]:

@@ -15,6 +15,7 @@ from sprint.guidance import ClassifierFreeGuidance, PathDropGuidance, SparseGuid
 from sprint.hosts import Blocks, Host, Report, Table, check, path, register, registered, unwrap, wrap
 from sprint.inference import CapturedModel
 from sprint.interpolants import CosineInterpolant, Interpolant, LinearInterpolant
+from sprint.latents import LatentDataset, draw_latents
 from sprint.middle import SparseMiddle
 from sprint.optim import AdamW
 from sprint.sampling import Euler, EulerMaruyama, Heun, State, sample, trajectory
@@ -39,6 +40,7 @@ __all__ = [
     "Heun",
     "Host",
     "Interpolant",
+    "LatentDataset",
     "LinearInterpolant",
     "LogNormalTime",
     "LossOutput",
@@ -62,6 +64,7 @@ __all__ = [
     "UniformTime",
     "check",
     "cost",
+    "draw_latents",
     "load_state",
     "path",
     "register",

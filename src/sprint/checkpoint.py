@@ -40,6 +40,11 @@ def write_text(path: PathLike, text: str) -> None:
     _write(path, lambda temporary: Path(temporary).write_text(text, encoding="utf-8"))
 
 
+def write_bytes(path: PathLike, content: bytes) -> None:
+    """Write a file atomically."""
+    _write(path, lambda temporary: Path(temporary).write_bytes(content))
+
+
 def _write(path: PathLike, fill: Callable[[str], Any]) -> None:
     """Let `fill` write a temporary file in the same folder, then put it in the place of `path`."""
     target = Path(path)

@@ -1,0 +1,242 @@
+"""Latents on disk: the moments of a VAE's posterior, one pair (mean, std) per image, in two layouts.
+
+    compact     index.json, shard-00000.safetensors, ...        a few large files of 16-bit moments
+    REPA        images/, vae-sd/*/*.npy, vae-sd/dataset.json    one small file per image, float32 (arXiv 2410.06940)
+
+`LatentDataset` reads both. Training draws a new latent from the moments each time: `draw_latents`.
+"""
+
+import io
+import json
+from bisect import bisect_right
+from collections.abc import Iterable, Mapping, Sequence
+from itertools import accumulate
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from sprint.checkpoint import PathLike, write_bytes, write_tensors, write_text
+from sprint.random import normal
+
+SCALE = 0.18215  # of SD-VAE latents, to unit variance
+
+INDEX = "index.json"
+
+
+def draw_latents(moments: Tensor, *, scale: float = SCALE, generator: torch.Generator | None = None) -> Tensor:
+    """Draw from the posterior: `scale (mean + std ε)`.
+
+    Args:
+        moments: mean and std along axis 1, (B, 2C, H, W).
+        scale: of the latents.
+        generator: for ε.
+
+    Returns:
+        (B, C, H, W), at least float32.
+
+    Examples:
+        >>> draw_latents(torch.zeros(1, 8, 2, 2)).shape
+        torch.Size([1, 4, 2, 2])
+    """
+    if moments.ndim != 4 or moments.shape[1] % 2:
+        raise ValueError(f"moments must be (B, 2C, H, W), mean and std, got {tuple(moments.shape)}")
+    mean, std = moments.to(torch.promote_types(moments.dtype, torch.float32)).chunk(2, dim=1)
+    return scale * (mean + std * normal(mean.shape, device=mean.device, dtype=mean.dtype, generator=generator))
+
+
+def shard_name(number: int) -> str:
+    """File name of a shard."""
+    return f"shard-{number:05d}.safetensors"
+
+
+def write_shard(
+    folder: PathLike, number: int, moments: Tensor, labels: Tensor, *, metadata: Mapping[str, str] | None = None
+) -> None:
+    """Write one shard of the compact layout, atomically: it is whole, or it is not there.
+
+    Args:
+        folder: of the dataset.
+        number: of the shard.
+        moments: (n, 2C, H, W), of the dtype to store.
+        labels: (n,) int64.
+        metadata: text kept in the file.
+    """
+    if len(moments) != len(labels):
+        raise ValueError(f"{len(moments)} moments and {len(labels)} labels: give one label per image")
+    write_tensors(Path(folder) / shard_name(number), {"moments": moments, "labels": labels}, metadata)
+
+
+def write_index(folder: PathLike, numbers: Iterable[int], *, about: Mapping[str, Any] | None = None) -> dict[str, Any]:
+    """Write the index of a finished dataset, which is what makes it one.
+
+    Args:
+        folder: with its shards.
+        numbers: of the shards it consists of.
+        about: kept in the index (what made it).
+
+    Raises:
+        FileNotFoundError: a shard is missing.
+    """
+    shards: list[dict[str, Any]] = []
+    shape: tuple[int, ...] = ()
+    for number in numbers:
+        path = Path(folder) / shard_name(number)
+        if not path.is_file():
+            raise FileNotFoundError(f"shard {path} is missing: the preparation has not finished, run it again")
+        shape, _ = _look(path)
+        shards.append({"file": path.name, "count": shape[0]})
+    index = {"shape": list(shape[1:]), "shards": shards, **(about or {})}
+    write_text(Path(folder) / INDEX, json.dumps(index, indent=1))
+    return index
+
+
+def write_repa(folder: PathLike, number: int, image: bytes | None, moments: Tensor) -> str:
+    """Write one image of REPA's layout: `images/00000/img00000012.png`, `vae-sd/00000/img-mean-std-00000012.npy`.
+
+    Args:
+        folder: of the dataset.
+        number: of the image.
+        image: PNG file, or None to leave images out.
+        moments: (2C, H, W).
+
+    Returns:
+        The name under which `vae-sd/dataset.json` lists its label.
+    """
+    root, text = Path(folder), f"{number:08d}"
+    name = f"{text[:5]}/img-mean-std-{text}.npy"
+    (root / "vae-sd" / text[:5]).mkdir(parents=True, exist_ok=True)
+    if image is not None:
+        (root / "images" / text[:5]).mkdir(parents=True, exist_ok=True)
+        write_bytes(root / "images" / text[:5] / f"img{text}.png", image)
+    array = io.BytesIO()
+    np.save(array, moments.float().cpu().numpy())
+    write_bytes(root / "vae-sd" / name, array.getvalue())
+    return name
+
+
+def write_repa_labels(folder: PathLike, labels: Sequence[tuple[str, int]]) -> None:
+    """Write the labels of REPA's layout, by the names that `write_repa` returned; images by their own names."""
+    pairs = [[name, label] for name, label in labels]
+    write_text(Path(folder) / "vae-sd" / "dataset.json", json.dumps({"labels": pairs}))
+    if (Path(folder) / "images").is_dir():
+        images = [[name.replace("img-mean-std-", "img").replace(".npy", ".png"), label] for name, label in labels]
+        write_text(Path(folder) / "images" / "dataset.json", json.dumps({"labels": images}))
+
+
+class LatentDataset(Dataset[tuple[Tensor, int]]):
+    """Moments and labels of a prepared dataset, of either layout.
+
+    Args:
+        folder: of the dataset.
+
+    Raises:
+        FileNotFoundError: nothing was prepared there, or only half.
+        ValueError: files that do not fit each other.
+    """
+
+    def __init__(self, folder: PathLike) -> None:
+        self.folder = Path(folder)
+        self.shape: tuple[int, ...]
+        """(2C, H, W)."""
+        if (self.folder / INDEX).is_file():
+            self._read: _Shards | _Files = _Shards(self.folder)
+        elif (self.folder / "vae-sd" / "dataset.json").is_file():
+            self._read = _Files(self.folder)
+        else:
+            raise FileNotFoundError(_nothing(self.folder))
+        if not len(self._read):
+            raise ValueError(f"the dataset at {self.folder} is empty")
+        self.shape = self._read.shape
+        self.labels = self._read.labels
+        """(n,) int64, of all images."""
+
+    def __len__(self) -> int:
+        return len(self._read)
+
+    def __getitem__(self, index: int) -> tuple[Tensor, int]:
+        """Moments (2C, H, W) as stored, and the label."""
+        if not -len(self) <= index < len(self):
+            raise IndexError(f"index {index} of a dataset of {len(self)} images")
+        index %= len(self)
+        return self._read.moments(index), int(self.labels[index])
+
+
+class _Shards:
+    """The compact layout; files are opened in the process that reads them, so that data loaders may fork."""
+
+    def __init__(self, folder: Path) -> None:
+        index = json.loads((folder / INDEX).read_text(encoding="utf-8"))
+        self.folder, self.shards = folder, index["shards"]
+        self.ends = list(accumulate(shard["count"] for shard in self.shards))
+        self.shape = tuple(index["shape"])
+        self.open: dict[int, Any] = {}
+        labels = []
+        for shard in self.shards:
+            path = folder / shard["file"]
+            if not path.is_file():
+                raise FileNotFoundError(f"{path} is missing, which {INDEX} lists: copy it, or prepare the dataset again")
+            shape, own = _look(path)
+            if shape != (shard["count"], *self.shape):
+                raise ValueError(f"{path} holds {shape}, {INDEX} lists {(shard['count'], *self.shape)}: prepare it again")
+            labels.append(own)
+        self.labels = torch.cat(labels) if labels else torch.zeros(0, dtype=torch.int64)
+
+    def __len__(self) -> int:
+        return self.ends[-1] if self.ends else 0
+
+    def moments(self, index: int) -> Tensor:
+        number = bisect_right(self.ends, index)
+        if number not in self.open:
+            path = self.folder / self.shards[number]["file"]
+            self.open[number] = safe_open(path, framework="pt").get_slice("moments")
+        return self.open[number][index - (self.ends[number - 1] if number else 0)]
+
+    def __getstate__(self) -> dict[str, Any]:
+        return self.__dict__ | {"open": {}}
+
+
+class _Files:
+    """REPA's layout."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder / "vae-sd"
+        pairs = json.loads((self.folder / "dataset.json").read_text(encoding="utf-8"))["labels"]
+        by_name = dict(pairs)
+        self.names = sorted(by_name)
+        self.labels = torch.tensor([by_name[name] for name in self.names], dtype=torch.int64)
+        present = {str(path.relative_to(self.folder)) for path in self.folder.rglob("*.npy")}
+        if missing := sorted(set(self.names) - present):
+            raise FileNotFoundError(
+                f"{len(missing)} files that {self.folder / 'dataset.json'} lists are missing, such as {missing[0]}: the "
+                "preparation has not finished, or the copy is not whole"
+            )
+        self.shape = tuple(self.moments(0).shape) if self.names else ()
+
+    def __len__(self) -> int:
+        return len(self.names)
+
+    def moments(self, index: int) -> Tensor:
+        array = np.load(self.folder / self.names[index], allow_pickle=False)
+        return torch.from_numpy(array.reshape(array.shape[-3:]))
+
+
+def _look(path: Path) -> tuple[tuple[int, ...], Tensor]:
+    """Shape of the moments of a shard, and its labels."""
+    try:
+        with safe_open(path, framework="pt") as file:
+            return tuple(file.get_slice("moments").get_shape()), file.get_tensor("labels")
+    except (SafetensorError, ValueError) as error:
+        raise ValueError(f"{path} is not a whole shard ({error}): delete it and prepare the dataset again") from error
+
+
+def _nothing(folder: Path) -> str:
+    if not folder.is_dir():
+        return f"there is no folder {folder}"
+    if next(folder.glob("shard-*.safetensors"), None) is not None or (folder / "vae-sd").is_dir():
+        return f"{folder} is half-prepared (it has no {INDEX} or vae-sd/dataset.json): run the preparation again, it goes on"
+    return f"{folder} holds no prepared latents (no {INDEX}, no vae-sd/dataset.json): run the preparation first"

@@ -1,0 +1,141 @@
+"""prepare.py: both layouts hold the VAE's moments of every readable image, whatever interrupts it."""
+
+import json
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+import small
+import torch
+from PIL import Image
+
+from sprint import LatentDataset, draw_latents
+from sprint.images import ImageFolder, center_crop, find_images, to_unit
+
+pytest.importorskip("diffusers")
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    root = tmp_path_factory.mktemp("imagenet")
+    small.images(root / "images")
+    (root / "images" / "class1" / "image03.jpg").write_bytes(b"\xff\xd8 this is no image")
+    broken = root / "images" / "class2" / "image00.png"
+    broken.write_bytes(broken.read_bytes()[:200])
+    small.vae(root / "vae")
+    return root
+
+
+def prepare(folder, out, *more, **options):
+    arguments = ("--images", folder / "images", "--vae", folder / "vae", "--size", 32, "--shard", 5, "--batch", 2)
+    return small.script("prepare", *arguments, "--workers", 0, "--out", out, *more, **options)
+
+
+def expected(folder):
+    """Moments and labels of the readable images, one by one."""
+    from diffusers import AutoencoderKL
+
+    vae = AutoencoderKL.from_pretrained(folder / "vae").eval()
+    images, _ = find_images(folder / "images")
+    moments, labels = [], []
+    for pixels, label, problem in ImageFolder(folder / "images", images, size=32):
+        if not problem:
+            with torch.no_grad():
+                posterior = vae.encode(to_unit(pixels[None])).latent_dist
+            moments.append(torch.cat([posterior.mean, posterior.std], dim=1)[0])
+            labels.append(label)
+    return torch.stack(moments), labels
+
+
+@pytest.mark.parametrize("layout", ["compact", "repa"])
+def test_every_readable_image_is_there(folder, layout, tmp_path):
+    run = prepare(folder, tmp_path / "out", "--layout", layout, "--dtype", "float32")
+    assert run.returncode == 0, run.stderr
+    assert "22 images of 3 classes prepared" in run.stdout
+    assert "2 corrupt" in run.stdout
+    listed = (tmp_path / "out" / "corrupt.txt").read_text().splitlines()
+    assert [line.split("\t")[0] for line in listed] == ["class1/image03.jpg", "class2/image00.png"]
+    dataset = LatentDataset(tmp_path / "out")
+    moments, labels = expected(folder)
+    assert len(dataset) == 22
+    assert dataset.shape == (8, 16, 16)
+    assert dataset.labels.tolist() == labels
+    actual = torch.stack([dataset[i][0] for i in range(22)])
+    torch.testing.assert_close(actual, moments, rtol=1e-4, atol=1e-5)  # float32, other batches
+    assert draw_latents(actual).shape == (22, 4, 16, 16)
+    if layout == "repa":
+        names = json.loads((tmp_path / "out" / "vae-sd" / "dataset.json").read_text())["labels"]
+        assert names[0] == ["00000/img-mean-std-00000000.npy", 0]
+        assert np.load(tmp_path / "out" / "vae-sd" / names[0][0]).shape == (8, 16, 16)
+        images = sorted((tmp_path / "out" / "images").rglob("*.png"))
+        assert len(images) == 22  # as many as latents, in the same order: REPA's reader pairs them by rank
+        assert Image.open(images[0]).size == (32, 32)
+    else:
+        assert json.loads((tmp_path / "out" / "index.json").read_text())["classes"] == ["class0", "class1", "class2"]
+
+
+def test_sixteen_bits_are_the_default(folder, tmp_path):
+    assert prepare(folder, tmp_path / "out").returncode == 0
+    dataset = LatentDataset(tmp_path / "out")
+    assert dataset[0][0].dtype == torch.float16
+    torch.testing.assert_close(dataset[-1][0].float(), expected(folder)[0][-1], rtol=1e-3, atol=1e-3)  # float16
+    loader = torch.utils.data.DataLoader(dataset, batch_size=11, num_workers=2)
+    assert torch.cat([labels for _, labels in loader]).tolist() == dataset.labels.tolist()
+
+
+def test_two_processes(folder, tmp_path):
+    assert prepare(folder, tmp_path / "one").returncode == 0
+    run = prepare(folder, tmp_path / "two", processes=2)
+    assert run.returncode == 0, run.stderr
+    one, two = LatentDataset(tmp_path / "one"), LatentDataset(tmp_path / "two")
+    assert one.labels.equal(two.labels)
+    for (a, _), (b, _) in zip(one, two, strict=True):
+        torch.testing.assert_close(a, b, rtol=2e-3, atol=2e-3)  # float16, other numbers of threads
+    files = [sorted(path.name for path in (tmp_path / name).glob("*.safetensors")) for name in ("one", "two")]
+    assert files[0] == files[1]
+
+
+def test_killed_and_run_again(folder, tmp_path):
+    out = tmp_path / "out"
+    command = [sys.executable, str(small.SCRIPTS / "prepare.py"), "--images", folder / "images", "--vae", folder / "vae",
+               "--size", "32", "--shard", "2", "--batch", "1", "--workers", "0", "--out", out]  # fmt: skip
+    process = subprocess.Popen(list(map(str, command)), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    for _ in range(600):
+        if len(list(out.glob("parts/*.json"))) >= 3:
+            break
+        time.sleep(0.05)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    done = {path: path.stat().st_mtime_ns for path in out.glob("shard-*.safetensors")}
+    assert done
+    assert not (out / "index.json").exists()
+    with pytest.raises(FileNotFoundError, match="half-prepared"):
+        LatentDataset(out)
+    run = subprocess.run(list(map(str, command)), capture_output=True, text=True, check=False)
+    assert run.returncode == 0, run.stderr
+    recorded = [path for path in done if path.stat().st_mtime_ns == done[path]]
+    assert len(recorded) >= 3  # what was whole was not made again
+    assert LatentDataset(out).labels.tolist() == expected(folder)[1]
+
+
+def test_refusals(folder, tmp_path):
+    assert "there is no folder" in small.script("prepare", "--images", "nowhere", "--out", tmp_path).stderr
+    (tmp_path / "empty" / "class0").mkdir(parents=True)
+    assert "holds no images" in small.script("prepare", "--images", tmp_path / "empty", "--out", tmp_path).stderr
+    assert prepare(folder, tmp_path / "out").returncode == 0
+    other = prepare(folder, tmp_path / "out", "--dtype", "float32")
+    assert "was begun with dtype 'float16', now 'float32'" in other.stderr
+    assert "not divisible by 2" in prepare(folder, tmp_path / "odd", "--size", 33).stderr
+    assert "1 parts for 2 processes" in prepare(folder, tmp_path / "many", "--shard", 100, processes=2, port=29562).stderr
+
+
+def test_center_crop():
+    gradient = torch.arange(200, dtype=torch.uint8).expand(100, 200)
+    image = Image.fromarray(gradient.numpy())
+    cropped = np.array(center_crop(image, 50)).astype(float)
+    assert cropped.shape == (50, 50)
+    assert cropped.mean() == pytest.approx(99.5, abs=1)  # the middle
+    assert center_crop(Image.new("RGB", (37, 300)), 64).size == (64, 64)
