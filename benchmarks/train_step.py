@@ -99,7 +99,8 @@ def main() -> None:
                 rate = flops[row["path"]] / (row["ms"] / 1000)
                 rows.append(
                     {"preset": args.preset, "job": job, **row, "FLOP ratio": cost.sparse_ratio,
-                     "TFLOP/s": rate / 1e12, "of peak": rate / peak, "predicted ms": 1000 * predicted[row["path"]]}
+                     "TFLOP": flops[row["path"]] / 1e12, "TFLOP/s": rate / 1e12, "of peak": rate / peak,
+                     "predicted ms": 1000 * predicted[row["path"]]}
                 )  # fmt: skip
             gc.collect()
             if args.device.startswith("cuda"):

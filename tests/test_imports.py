@@ -44,6 +44,7 @@ ALLOWED = {
     "kernels": set(),
     "images": {"checkpoint"},
     "latents": {"checkpoint", "random"},
+    "original": {"config", "layers", "sit"},
     "optim": {"fusion", "kernels"},
     "step": {"capture", "compiling", "guidance", "optim"},
     "costs": {"config", "drop", "hosts.check", "hosts.wrapping", "sit"},

@@ -10,6 +10,7 @@ from models import tiny
 import sprint
 from sprint import ClassifierFreeGuidance, EulerMaruyama, PathDropGuidance
 from sprint.interpolants import INTERPOLANTS
+from sprint.random import normal
 from sprint.sampling import SOLVERS
 
 interpolants = pytest.mark.parametrize("interpolant", INTERPOLANTS.values(), ids=INTERPOLANTS)
@@ -260,3 +261,16 @@ def test_models_in_training_mode_are_refused():
 def test_last_time_of_the_sde_out_of_range(last):
     with pytest.raises(ValueError, match="last must lie between 0 and 1"):
         EulerMaruyama(last=last)
+
+
+def test_one_generator_per_sample_makes_samples_independent_of_their_batch():
+    def run(numbers):
+        streams = [torch.Generator().manual_seed(i) for i in numbers]
+        noise = normal((len(numbers), 2, 4), generator=streams)
+        return sprint.sample(lambda x, t: 0.3 * x, noise, solver="sde", steps=5, generator=streams)
+
+    whole = run([0, 1, 2, 3])
+    torch.testing.assert_close(whole, torch.cat([run([0]), run([1, 2]), run([3])]))
+    assert not torch.allclose(whole[0], whole[1])
+    with pytest.raises(ValueError, match="2 generators for 3 samples"):
+        normal((3, 2), generator=[torch.Generator(), torch.Generator()])

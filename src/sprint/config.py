@@ -1,9 +1,11 @@
 """The sizes and options of a SiT, and the paper's four presets."""
 
 import dataclasses
-from typing import NamedTuple
+from typing import Literal, NamedTuple, get_args
 
 from sprint.fusion import Sources
+
+Positions = Literal["rope", "sincos"]
 
 
 class Size(NamedTuple):
@@ -39,6 +41,8 @@ class SiTConfig:
         mlp_ratio: hidden width of the MLP over C.
         num_classes: class condition, ids 0 to num_classes - 1; None for a vector condition or none.
         cond_dim: vector condition of this width; excludes `num_classes`.
+        positions: "rope" (rotary, in every block), or "sincos" (added to the tokens once, as in the original SiT and DiT).
+        qk_norm: RMSNorm on queries and keys; the original SiT and DiT have none.
         label_drop: probability of replacing a sample's condition by the null condition, in training.
         path_drop: probability of dropping a sample's deep path, in training.
         sources: what the fusion joins; "deep" and "shallow" are the paper's ablations.
@@ -59,6 +63,8 @@ class SiTConfig:
     mlp_ratio: float = 4.0
     num_classes: int | None = 1000
     cond_dim: int | None = None
+    positions: Positions = "rope"
+    qk_norm: bool = True
     label_drop: float = 0.1
     path_drop: float = 0.1
     sources: Sources = "both"
@@ -87,6 +93,8 @@ class SiTConfig:
                 f"dim={self.dim} does not split into {self.heads} heads of a multiple of 4 channels, "
                 f"which axial rotary positions need: choose dim a multiple of {4 * self.heads}"
             )
+        if self.positions not in get_args(Positions):
+            raise ValueError(f"unknown positions {self.positions!r}: choose one of {', '.join(get_args(Positions))}")
         if not 0 <= self.label_drop <= 1:
             raise ValueError(f"label_drop is a probability in [0, 1], got {self.label_drop}")
         if self.num_classes is not None and self.cond_dim is not None:

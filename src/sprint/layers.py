@@ -78,6 +78,29 @@ def axial_rope(grid: tuple[int, int], head_dim: int, *, theta: float = 10000.0, 
     return torch.stack([angle.cos(), angle.sin()], dim=-1)[None]
 
 
+def sincos_positions(grid: tuple[int, int], dim: int, *, device: Device = None) -> Tensor:
+    """Positions that are added to the tokens, as in the original DiT: half of the channels for the column, then the row.
+
+    Args:
+        grid: (rows, columns).
+        dim: C, divisible by 4.
+        device: of the table.
+
+    Returns:
+        (1, rows * columns, C), float32.
+    """
+    rows, columns = grid
+    quarter = dim // 4
+    frequency = 10000.0 ** -(torch.arange(quarter, device=device, dtype=torch.float64) / quarter)
+    row, column = torch.meshgrid(
+        torch.arange(rows, device=device, dtype=torch.float64),
+        torch.arange(columns, device=device, dtype=torch.float64),
+        indexing="ij",
+    )
+    angles = [torch.outer(axis.flatten(), frequency) for axis in (column, row)]
+    return torch.cat([part for angle in angles for part in (angle.sin(), angle.cos())], dim=1)[None].float()
+
+
 def rotate(x: Tensor, rope: Tensor) -> Tensor:
     """Turn interleaved pairs of channels (2i, 2i+1) by the table's angles; computed in at least float32.
 
@@ -104,20 +127,22 @@ class RMSNorm(nn.Module):
 
 
 class Attention(nn.Module):
-    """Self-attention with RMSNorm on queries and keys, then rotary positions."""
+    """Self-attention with RMSNorm on queries and keys, then rotary positions; either may be left out."""
 
-    def __init__(self, dim: int, heads: int) -> None:
+    def __init__(self, dim: int, heads: int, *, qk_norm: bool = True) -> None:
         super().__init__()
         self.heads = heads
         self.backend: AttentionBackend = "sdpa"
         self.qkv = nn.Linear(dim, 3 * dim)
-        self.q_norm = RMSNorm(dim // heads)
-        self.k_norm = RMSNorm(dim // heads)
+        self.q_norm = RMSNorm(dim // heads) if qk_norm else nn.Identity()
+        self.k_norm = RMSNorm(dim // heads) if qk_norm else nn.Identity()
         self.proj = nn.Linear(dim, dim)
 
-    def forward(self, tokens: Tensor, rope: Tensor) -> Tensor:
+    def forward(self, tokens: Tensor, rope: Tensor | None) -> Tensor:
         q, k, v = rearrange(self.qkv(tokens), "b n (three h d) -> three b h n d", three=3, h=self.heads)
-        q, k = rotate(self.q_norm(q), rope), rotate(self.k_norm(k), rope)
+        q, k = self.q_norm(q), self.k_norm(k)
+        if rope is not None:
+            q, k = rotate(q, rope), rotate(k, rope)
         return self.proj(rearrange(attention(q, k, v, backend=self.backend), "b h n d -> b n (h d)"))
 
 
@@ -144,14 +169,14 @@ class Block(nn.Module):
 
     recompute = False  # activation checkpointing: see SiT.set_checkpointing
 
-    def __init__(self, dim: int, heads: int, *, mlp_ratio: float = 4.0) -> None:
+    def __init__(self, dim: int, heads: int, *, mlp_ratio: float = 4.0, qk_norm: bool = True) -> None:
         super().__init__()
-        self.attn = Attention(dim, heads)
+        self.attn = Attention(dim, heads, qk_norm=qk_norm)
         self.mlp = MLP(dim, int(dim * mlp_ratio))
         self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(dim, 6 * dim))
 
-    def forward(self, tokens: Tensor, cond: Tensor, rope: Tensor) -> Tensor:
-        """tokens (B, N, C), cond (B, C), rope (B or 1, N, head_dim / 2, 2) -> (B, N, C)."""
+    def forward(self, tokens: Tensor, cond: Tensor, rope: Tensor | None = None) -> Tensor:
+        """tokens (B, N, C), cond (B, C), rope (B or 1, N, head_dim / 2, 2) or None -> (B, N, C)."""
         shift_a, scale_a, gate_a, shift_m, scale_m, gate_m = self.adaLN_modulation(cond).chunk(6, dim=-1)
         tokens = tokens + gate_a.unsqueeze(1) * self.attn(modulate(tokens, shift_a, scale_a), rope)
         return tokens + gate_m.unsqueeze(1) * self.mlp(modulate(tokens, shift_m, scale_m))

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 Device = torch.device | str | None
+Generators = torch.Generator | Sequence[torch.Generator] | None
 
 
 def uniform(
@@ -36,9 +37,11 @@ def normal(
     *,
     device: Device = None,
     dtype: torch.dtype = torch.float32,
-    generator: torch.Generator | None = None,
+    generator: Generators = None,
 ) -> Tensor:
     """Draw from the standard normal distribution.
+
+    With a sequence of generators, one per sample (axis 0), each sample's numbers do not depend on the batch it is in.
 
     Examples:
         >>> normal((2,), generator=torch.Generator().manual_seed(0))
@@ -46,4 +49,9 @@ def normal(
     """
     if generator is None:
         return torch.randn(*shape, device=device, dtype=dtype)
+    if isinstance(generator, Sequence):
+        if len(generator) != shape[0]:
+            raise ValueError(f"{len(generator)} generators for {shape[0]} samples: give one, or one per sample")
+        each = [normal(shape[1:], device=device, dtype=dtype, generator=one) for one in generator]
+        return torch.stack(each)
     return torch.randn(*shape, device=generator.device, dtype=dtype, generator=generator).to(device)

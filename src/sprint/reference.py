@@ -56,10 +56,11 @@ def to_theirs(tensors: Mapping[str, Tensor], config: SiTConfig) -> dict[str, Ten
     Raises:
         ValueError: the model has options that the layout cannot express.
     """
-    if config.num_classes is None or config.sources != "both":
+    if config.num_classes is None or config.sources != "both" or config.positions != "rope" or not config.qk_norm:
         raise ValueError(
-            "the reference layout holds class-conditional models with sources='both', got "
-            f"num_classes={config.num_classes}, sources={config.sources!r}: use SiT.save"
+            "the reference layout holds class-conditional models with sources='both', rotary positions and qk_norm, got "
+            f"num_classes={config.num_classes}, sources={config.sources!r}, positions={config.positions!r}, "
+            f"qk_norm={config.qk_norm}: use SiT.save"
         )
     return {_rename(name, [(ours, theirs) for theirs, ours in _NAMES]): tensor for name, tensor in tensors.items()}
 

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from sprint.guidance import Guidance, predict, unwrapped
 from sprint.interpolants import Interpolant, Prediction, check_prediction, get_interpolant
-from sprint.random import normal
+from sprint.random import Generators, normal
 
 Velocity = Callable[[Tensor, float], Tensor]
 
@@ -38,7 +38,7 @@ class Solver(Protocol):
         t_next: float,
         *,
         interpolant: Interpolant,
-        generator: torch.Generator | None,
+        generator: Generators,
     ) -> Tensor:
         """The state at t_next, given the state x (B, *) at t."""
         ...
@@ -59,7 +59,7 @@ class Euler:
         t_next: float,
         *,
         interpolant: Interpolant,
-        generator: torch.Generator | None,
+        generator: Generators,
     ) -> Tensor:
         """`x + (t' − t) v(x, t)`."""
         return x + (t_next - t) * velocity(x, t)
@@ -76,7 +76,7 @@ class Heun(Euler):
         t_next: float,
         *,
         interpolant: Interpolant,
-        generator: torch.Generator | None,
+        generator: Generators,
     ) -> Tensor:
         """`x + (t' − t) (v(x, t) + v(x', t')) / 2`, x' being Euler's step."""
         first = velocity(x, t)
@@ -114,7 +114,7 @@ class EulerMaruyama:
         t_next: float,
         *,
         interpolant: Interpolant,
-        generator: torch.Generator | None,
+        generator: Generators,
     ) -> Tensor:
         """`x + (t' − t) (v − w/2 score) + sqrt(w |t' − t|) ε`."""
         w = 2 * t
@@ -151,7 +151,7 @@ def trajectory(
     times: Sequence[float] | None = None,
     interpolant: str | Interpolant = "linear",
     prediction: Prediction = "v",
-    generator: torch.Generator | None = None,
+    generator: Generators = None,
     progress: bool = False,
     state_dtype: torch.dtype = torch.float64,
 ) -> Iterator[State]:
@@ -205,7 +205,7 @@ def sample(
     times: Sequence[float] | None = None,
     interpolant: str | Interpolant = "linear",
     prediction: Prediction = "v",
-    generator: torch.Generator | None = None,
+    generator: Generators = None,
     progress: bool = False,
     state_dtype: torch.dtype = torch.float64,
 ) -> Tensor:
@@ -223,7 +223,7 @@ def sample(
         interpolant: the one the model was trained with, "linear", "cosine" or an `Interpolant`.
         prediction: what the model predicts, "v", "x" or "noise". A noise prediction says nothing at t = 1, where the data's
             weight is 0, so its default grid starts at 0.999.
-        generator: for the noise of the SDE.
+        generator: for the noise of the SDE; one, or one per sample, so that no sample depends on its batch.
         progress: show a progress bar (needs tqdm).
         state_dtype: of the state between steps; float64 as in the reference.
 

@@ -27,6 +27,7 @@ from sprint.layers import (
     VectorEmbedder,
     axial_rope,
     check_backend,
+    sincos_positions,
 )
 from sprint.middle import Path, SparseMiddle, run
 from sprint.random import Device
@@ -64,7 +65,7 @@ class SiT(nn.Module):
     def __init__(self, config: SiTConfig) -> None:
         super().__init__()
         self.config = c = config
-        blocks = [Block(c.dim, c.heads, mlp_ratio=c.mlp_ratio) for _ in range(c.depth)]
+        blocks = [Block(c.dim, c.heads, mlp_ratio=c.mlp_ratio, qk_norm=c.qk_norm) for _ in range(c.depth)]
         first, last = c.encoder_depth, c.encoder_depth + c.middle_depth
         self.x_embedder = PatchEmbedder(c.patch_size, c.in_channels, c.dim)
         self.t_embedder = TimestepEmbedder(c.dim)
@@ -158,7 +159,11 @@ class SiT(nn.Module):
         check_inputs(self.config, x, t, y, like=self.x_embedder.proj.weight)
         c = self.config
         grid = self.token_grid(x)
-        rope = axial_rope(grid, c.dim // c.heads, device=x.device)
+        tokens, rope = self.x_embedder(x), None
+        if c.positions == "rope":
+            rope = axial_rope(grid, c.dim // c.heads, device=x.device)
+        else:
+            tokens = tokens + sincos_positions(grid, c.dim, device=x.device).to(tokens.dtype)
         cond = self.t_embedder(t)
         if self.y_embedder is not None:
             cond = cond + self.y_embedder(y, generator=generator)
@@ -168,7 +173,7 @@ class SiT(nn.Module):
                 raise ValueError(
                     "path='both' is for sampling and gives no REPA tokens: call the full or sparse path for them"
                 )
-            tokens, _ = run(self.encoder, self.x_embedder(x), cond, rope=rope)
+            tokens, _ = run(self.encoder, tokens, cond, rope=rope)
             fused = (
                 self.middle(tokens, cond, rope=rope, subset=subset),
                 self.middle(tokens, cond, rope=rope, path="shallow"),
@@ -177,7 +182,7 @@ class SiT(nn.Module):
             return self._velocity(strong, cond, grid), self._velocity(weak, cond, grid)
 
         tap = self._tap() if repa else 0
-        tokens, early = run(self.encoder, self.x_embedder(x), cond, rope=rope, tap=tap)
+        tokens, early = run(self.encoder, tokens, cond, rope=rope, tap=tap)
         tap -= c.encoder_depth
         inner = tap if 0 < tap <= c.middle_depth else 0
         tokens = self.middle(tokens, cond, rope=rope, subset=subset, path=path, tap=inner, generator=generator)

@@ -1,0 +1,71 @@
+"""Checkpoints from one layout to another: ours, the SPRINT authors' ("reference"), the original SiT's ("original").
+
+    python examples/imagenet/convert.py SiT-XL-2-256.pt model.safetensors --source original --heads 16
+    python examples/imagenet/convert.py model.safetensors reference.safetensors --target reference
+
+Time direction, sign and order of patches are turned where they differ. What is written is safetensors; a .pt file is read
+without running code from it.
+"""
+
+import argparse
+from pathlib import Path
+
+import torch
+
+import sprint
+from sprint.checkpoint import read_tensors, write_tensors
+from sprint.original import from_original, to_original
+
+LAYOUTS = ("ours", "reference", "original")
+
+
+def parse() -> argparse.Namespace:
+    """The command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("input", type=Path)
+    parser.add_argument("output", type=Path)
+    parser.add_argument("--source", choices=LAYOUTS, default="ours")
+    parser.add_argument("--target", choices=LAYOUTS, default="ours")
+    parser.add_argument("--heads", type=int, help="of an original SiT: 6, 12, 16, 16 for S, B, L, XL")
+    parser.add_argument("--encoder-depth", type=int, default=2, help="of an original SiT")
+    parser.add_argument("--decoder-depth", type=int, default=2, help="of an original SiT")
+    parser.add_argument("--grid", type=int, default=16, help="side of the token grid that an original SiT stores")
+    args = parser.parse_args()
+    if args.source == "original" and args.heads is None:
+        parser.error("--source original needs --heads, which no tensor tells")
+    if args.source == args.target:
+        parser.error(f"--source and --target are both {args.source}")
+    return args
+
+
+def tensors(path: Path) -> dict[str, torch.Tensor]:
+    """A state dictionary, of a safetensors file or a .pt with the model, its "ema" or its "model"."""
+    if path.suffix not in (".pt", ".pth"):
+        return read_tensors(path)[0]
+    if not path.is_file():
+        raise FileNotFoundError(f"there is no checkpoint at {path}")
+    content = torch.load(path, map_location="cpu", weights_only=True)
+    return next((content[key] for key in ("ema", "model", "state_dict") if key in content), content)
+
+
+def main() -> None:
+    args = parse()
+    if args.source == "ours":
+        model = sprint.SiT.load(args.input)
+    elif args.source == "reference":
+        model = sprint.SiT.from_reference(args.input)
+    else:
+        depths = {"encoder_depth": args.encoder_depth, "decoder_depth": args.decoder_depth}
+        model = from_original(tensors(args.input), heads=args.heads, **depths)
+    if args.target == "ours":
+        model.save(args.output)
+    elif args.target == "reference":
+        model.to_reference(args.output)
+    else:
+        write_tensors(args.output, to_original(model, grid=(args.grid, args.grid)))
+    count = sum(parameter.numel() for parameter in model.parameters())
+    print(f"{args.output}: {count / 1e6:.1f} M parameters, {args.source} to {args.target}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,145 @@
+"""Images from a checkpoint: N of them over all processes, as PNG files and as the .npz that ADM's evaluator reads.
+
+    accelerate launch examples/imagenet/sample.py --checkpoint model.safetensors --out samples --count 50000 \\
+        --guidance pdg --scale 2.0 --solver sde --steps 250
+
+Image i depends on --seed and i alone, not on the batch or the number of processes. Run the same command again after an
+interruption, and it goes on.
+"""
+
+import argparse
+import io
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from accelerate import PartialState
+from PIL import Image
+from tqdm.auto import tqdm
+
+import sprint
+from sprint.checkpoint import write_bytes, write_text
+from sprint.images import to_uint8
+from sprint.latents import SCALE
+from sprint.random import normal
+
+
+def parse() -> argparse.Namespace:
+    """The command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--checkpoint", type=Path, required=True, help="of SiT.save, or of the authors (safetensors)")
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--count", type=int, default=50_000)
+    parser.add_argument("--side", type=int, default=32, help="of the latents: 32 for 256 px, 64 for 512 px")
+    parser.add_argument("--vae", default="stabilityai/sd-vae-ft-mse", help="hub name or local folder; none for pixel models")
+    parser.add_argument("--batch", type=int, default=64)
+    parser.add_argument("--guidance", choices=["none", "cfg", "pdg", "pdg-same"], default="pdg")
+    parser.add_argument("--scale", type=float, default=3.0, help="the best one differs from model to model: sweep it")
+    parser.add_argument("--interval", type=float, nargs=2, default=[0.0, 1.0], metavar=("LOW", "HIGH"))
+    parser.add_argument("--solver", choices=["euler", "heun", "sde"], default="euler")
+    parser.add_argument("--steps", type=int, default=50)
+    parser.add_argument("--interpolant", choices=["linear", "cosine"], default="linear")
+    parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32", help="of products (autocast)")
+    parser.add_argument("--seed", type=int, default=0)
+    args = parser.parse_args()
+    if min(args.count, args.batch, args.steps, args.side) < 1:
+        parser.error("--count, --batch, --steps and --side must be at least 1")
+    return args
+
+
+def load(path: Path, device: Any) -> sprint.SiT:
+    """A checkpoint of ours, or of the authors."""
+    try:
+        model = sprint.SiT.load(path, device=device)
+    except ValueError as error:
+        if "from_reference" not in str(error):
+            raise
+        model = sprint.SiT.from_reference(path, device=device)
+    return model.eval()
+
+
+def guidance(args: argparse.Namespace) -> Any:
+    """What the command line asks for."""
+    interval = tuple(args.interval)
+    if args.guidance == "none":
+        return None
+    if args.guidance == "cfg":
+        return sprint.ClassifierFreeGuidance(args.scale, interval=interval)
+    return sprint.PathDropGuidance(args.scale, interval=interval, weak="same" if args.guidance == "pdg-same" else "null")
+
+
+def agree(args: argparse.Namespace) -> None:
+    """Take up an earlier run's folder only if it was for the same images; their number may grow."""
+    ignored = ("out", "count", "batch")
+    wanted = {name: str(value) for name, value in vars(args).items() if name not in ignored}
+    file = args.out / "sampling.json"
+    if not file.exists():
+        args.out.mkdir(parents=True, exist_ok=True)
+        write_text(file, json.dumps(wanted, indent=1))
+    elif (found := json.loads(file.read_text())) != wanted:
+        differ = [f"{key} {found.get(key)}, now {wanted[key]}" for key in wanted if found.get(key) != wanted[key]]
+        raise SystemExit(f"{args.out} holds samples with {'; '.join(differ)}: use the same options, or another --out")
+
+
+def name(args: argparse.Namespace, index: int) -> Path:
+    """File of an image."""
+    return args.out / f"{index:06d}.png"
+
+
+@torch.no_grad()
+def draw(model: Any, vae: Any, numbers: list[int], args: argparse.Namespace, device: Any) -> torch.Tensor:
+    """Images by number, (B, 3, H, W) uint8; classes in turn, so that any thousand images has all of them."""
+    streams = [torch.Generator().manual_seed(args.seed * 2**32 + i) for i in numbers]
+    config = model.module.config
+    noise = normal((len(numbers), config.in_channels, args.side, args.side), device=device, generator=streams)
+    y = None if config.num_classes is None else torch.tensor([i % config.num_classes for i in numbers], device=device)
+    latents = sprint.sample(
+        model, noise, y=y, guidance=guidance(args), solver=args.solver, steps=args.steps, interpolant=args.interpolant,
+        generator=streams,
+    )  # fmt: skip
+    return to_uint8(latents if vae is None else vae.decode(latents / SCALE).sample).cpu()
+
+
+def pack(args: argparse.Namespace) -> Path:
+    """All images in one file, as ADM's evaluator reads them: arr_0, (N, H, W, 3) uint8."""
+    images = np.stack([np.array(Image.open(name(args, i))) for i in tqdm(range(args.count), desc="packing")])
+    file = io.BytesIO()
+    np.savez(file, arr_0=images)
+    path = args.out.with_suffix(".npz")
+    write_bytes(path, file.getvalue())
+    return path
+
+
+def main() -> None:
+    args = parse()
+    state = PartialState(cpu=not torch.cuda.is_available())
+    sit = load(args.checkpoint, state.device)
+    guidance(args)
+    if state.is_main_process:
+        agree(args)
+    state.wait_for_everyone()
+    vae: Any = None
+    if args.vae != "none":
+        from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
+
+        vae = AutoencoderKL.from_pretrained(args.vae)
+        vae = vae.to(state.device).eval()
+    model = sprint.CapturedModel(sit, autocast=torch.bfloat16 if args.dtype == "bfloat16" else None)
+    missing = [i for i in range(args.count) if not name(args, i).exists()]
+    state.wait_for_everyone()  # all have looked before anyone writes
+    mine = missing[state.process_index :: state.num_processes]
+    batches = [mine[first : first + args.batch] for first in range(0, len(mine), args.batch)]
+    for numbers in tqdm(batches, desc="batches", disable=not state.is_main_process):
+        for index, image in zip(numbers, draw(model, vae, numbers, args, state.device), strict=True):
+            file = io.BytesIO()
+            Image.fromarray(image.permute(1, 2, 0).numpy()).save(file, format="PNG")
+            write_bytes(name(args, index), file.getvalue())
+    state.wait_for_everyone()
+    if state.is_main_process:
+        print(f"{args.count} images in {args.out} and {pack(args)}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,47 @@
+"""convert.py: every layout there and back gives the same function."""
+
+import small
+import torch
+from models import tiny
+from safetensors.torch import load_file
+
+import sprint
+
+X, T, Y = torch.randn(2, 4, 8, 8), torch.tensor([0.2, 0.7]), torch.tensor([1, 2])
+
+
+def test_reference_and_back(tmp_path):
+    model = tiny().eval()
+    model.save(tmp_path / "ours.safetensors")
+    theirs, again = tmp_path / "theirs.safetensors", tmp_path / "again.safetensors"
+    assert small.script("convert", tmp_path / "ours.safetensors", theirs, "--target", "reference").returncode == 0
+    run = small.script("convert", theirs, again, "--source", "reference")
+    assert run.returncode == 0, run.stderr
+    assert "reference to ours" in run.stdout
+    assert sprint.SiT.load(again).eval()(X, T, Y).equal(model(X, T, Y))
+
+
+def test_original_and_back(tmp_path):
+    model = tiny(positions="sincos", qk_norm=False).eval()
+    model.middle.fusion.init = "identity"
+    model.middle.fusion.reset_parameters()
+    model.save(tmp_path / "ours.safetensors")
+    theirs, again = tmp_path / "theirs.safetensors", tmp_path / "again.safetensors"
+    run = small.script("convert", tmp_path / "ours.safetensors", theirs, "--target", "original", "--grid", 4)
+    assert run.returncode == 0, run.stderr
+    torch.save({"ema": load_file(theirs), "step": 3}, tmp_path / "theirs.pt")
+    options = ("--source", "original", "--heads", 2, "--encoder-depth", 1, "--decoder-depth", 1)
+    run = small.script("convert", tmp_path / "theirs.pt", again, *options)
+    assert run.returncode == 0, run.stderr
+    torch.testing.assert_close(sprint.SiT.load(again).eval()(X, T, Y), model(X, T, Y), rtol=1e-4, atol=1e-5)  # float32
+
+
+def test_refusals(tmp_path):
+    tiny().save(tmp_path / "ours.safetensors")
+    path = tmp_path / "ours.safetensors"
+    assert "needs --heads" in small.script("convert", path, path, "--source", "original").stderr
+    assert "are both ours" in small.script("convert", path, path).stderr
+    run = small.script("convert", path, tmp_path / "x.safetensors", "--target", "original")
+    assert "the original SiT has sincos positions" in run.stderr
+    assert not (tmp_path / "x.safetensors").exists()
+    assert "there is no checkpoint" in small.script("convert", "none.pt", path, "--source", "original", "--heads", 2).stderr

@@ -1,0 +1,86 @@
+"""sample.py: image i is the same in any batch and any number of processes; runs go on; the .npz is ADM's."""
+
+import numpy as np
+import pytest
+import small
+import torch
+from models import tiny
+from PIL import Image
+
+import sprint
+from sprint.images import to_uint8
+from sprint.random import normal
+
+pytest.importorskip("diffusers")
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    root = tmp_path_factory.mktemp("sampling")
+    tiny().save(root / "model.safetensors")
+    tiny().to_reference(root / "reference.safetensors")
+    small.vae(root / "vae")
+    return root
+
+
+def sample(folder, out, *more, checkpoint="model.safetensors", **options):
+    arguments = ("--checkpoint", folder / checkpoint, "--vae", folder / "vae", "--out", out, "--side", 8, "--steps", 3)
+    return small.script("sample", *arguments, "--count", 7, *more, **options)
+
+
+def images(out):
+    return np.stack([np.array(Image.open(out / f"{i:06d}.png")) for i in range(7)])
+
+
+def close(one, other) -> bool:
+    """Other batches round differently: an image may differ by one step of 255."""
+    return np.abs(one.astype(int) - other.astype(int)).max() <= 1
+
+
+@pytest.mark.parametrize("solver", ["euler", "sde"])
+def test_images_do_not_depend_on_the_batch_or_the_processes(folder, solver, tmp_path):
+    for name, batch, processes in (("one", 7, 1), ("two", 3, 2)):
+        run = sample(folder, tmp_path / name, "--batch", batch, "--solver", solver, processes=processes, port=29571)
+        assert run.returncode == 0, run.stderr
+        assert "7 images in" in run.stdout
+    one, two = images(tmp_path / "one"), images(tmp_path / "two")
+    assert close(one, two)
+    assert not close(one[0], one[1])
+    packed = np.load(tmp_path / "one.npz")["arr_0"]
+    assert packed.dtype == np.uint8
+    assert (packed == one).all()
+
+
+def test_images_are_those_of_the_library(folder, tmp_path):
+    from diffusers import AutoencoderKL
+
+    options = ("--guidance", "cfg", "--scale", 1.5, "--interval", 0.1, 0.9, "--seed", 3)
+    assert sample(folder, tmp_path / "out", *options, checkpoint="reference.safetensors").returncode == 0
+    streams = [torch.Generator().manual_seed(3 * 2**32 + i) for i in range(7)]
+    noise = normal((7, 4, 8, 8), generator=streams)
+    latents = sprint.sample(
+        tiny().eval(), noise, y=torch.arange(7), steps=3, guidance=sprint.ClassifierFreeGuidance(1.5, interval=(0.1, 0.9))
+    )
+    with torch.no_grad():
+        expected = to_uint8(AutoencoderKL.from_pretrained(folder / "vae").eval().decode(latents / 0.18215).sample)
+    assert close(images(tmp_path / "out"), expected.permute(0, 2, 3, 1).numpy())
+
+
+def test_a_run_goes_on_and_grows(folder, tmp_path):
+    out = tmp_path / "out"
+    assert sample(folder, out, "--count", 4).returncode == 0
+    times = [(out / f"{i:06d}.png").stat().st_mtime_ns for i in range(4)]
+    (out / "000002.png").unlink()
+    assert sample(folder, out).returncode == 0
+    again = [(out / f"{i:06d}.png").stat().st_mtime_ns for i in range(4)]
+    assert [a == b for a, b in zip(times, again, strict=True)] == [True, True, False, True]
+    assert sample(folder, tmp_path / "whole").returncode == 0
+    assert close(images(out), images(tmp_path / "whole"))
+    assert "holds samples with seed 0, now 1" in sample(folder, out, "--seed", 1).stderr
+
+
+def test_refusals(folder, tmp_path):
+    assert "there is no checkpoint at" in sample(folder, tmp_path, checkpoint="nothing.safetensors").stderr
+    torch.save({"model": torch.zeros(1)}, folder / "pickle.pt")
+    assert "is a pickle" in sample(folder, tmp_path, checkpoint="pickle.pt").stderr
+    assert "interval must be" in sample(folder, tmp_path, "--interval", 0.9, 0.1).stderr
