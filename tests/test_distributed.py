@@ -23,6 +23,16 @@ def build():
     return sprint.wrap(model, drop=StructuredDrop(0.75), path_drop=0.0, init="xavier")
 
 
+def distributed(kind):
+    model = build()
+    if kind == "ddp":
+        return DistributedDataParallel(model)
+    mesh = dist.device_mesh.init_device_mesh("cpu", (2,))
+    for block in model.blocks:
+        fully_shard(block, mesh=mesh)
+    return fully_shard(model, mesh=mesh)
+
+
 def gradients(model, rows) -> dict[str, torch.Tensor]:
     x, t = torch.randn(4, 3, 8, 8, generator=torch.Generator().manual_seed(0)), torch.linspace(0.1, 0.9, 4)
     with sprint.path(model, "sparse", subset=TokenSubset(KEEP[rows], 16)):
@@ -37,14 +47,7 @@ def gradients(model, rows) -> dict[str, torch.Tensor]:
 
 def worker(rank: int, kind: str, port: int, file: str) -> None:
     dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=2)
-    model = build()
-    if kind == "ddp":
-        model = DistributedDataParallel(model)
-    else:
-        mesh = dist.device_mesh.init_device_mesh("cpu", (2,))
-        for block in model.blocks:
-            fully_shard(block, mesh=mesh)
-        fully_shard(model, mesh=mesh)
+    model = distributed(kind)
     found = gradients(model, slice(2 * rank, 2 * rank + 2))
     if rank == 0:
         torch.save(found, file)
@@ -82,14 +85,7 @@ def train(model, rows) -> list[bool]:
 
 def train_worker(rank: int, kind: str, port: int, file: str) -> None:
     dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=2)
-    model = build()
-    if kind == "ddp":
-        model = DistributedDataParallel(model)
-    else:
-        mesh = dist.device_mesh.init_device_mesh("cpu", (2,))
-        for block in model.blocks:
-            fully_shard(block, mesh=mesh)
-        fully_shard(model, mesh=mesh)
+    model = distributed(kind)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         assert train(model, slice(2 * rank, 2 * rank + 2)) == [False, True, False, True]
