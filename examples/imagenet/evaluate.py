@@ -1,0 +1,139 @@
+"""FID, IS, KID, precision and recall, and FDD (DINOv2) of sampled images, through torch-fidelity.
+
+    python examples/imagenet/evaluate.py --samples samples.npz --reference imagenet/val256 --metrics fid isc kid prc fdd
+    python examples/imagenet/evaluate.py --samples samples --reference VIRTUAL_imagenet256_labeled.npz --metrics fid
+
+Samples and reference are folders of images or .npz files with `arr_0`, as sample.py writes them. A reference may also be a
+file of statistics with `mu` and `sigma`, as ADM's reference batches have them, for FID alone. torch-fidelity downloads its
+feature networks at first use.
+"""
+
+import argparse
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch_fidelity
+from PIL import Image
+from torch import Tensor
+from torch.utils.data import Dataset
+from torch_fidelity.metric_fid import KEY_METRIC_FID, fid_input_id_to_statistics, fid_statistics_to_metric
+from torch_fidelity.utils import create_feature_extractor, resolve_feature_layer_for_metric
+
+from sprint.checkpoint import write_text
+from sprint.images import SUFFIXES
+
+INCEPTION, DINO = "inception-v3-compat", "dinov2-vit-l-14"
+NAMES = {
+    "frechet_inception_distance": "FID",
+    "inception_score_mean": "IS",
+    "inception_score_std": "IS, std",
+    "kernel_inception_distance_mean": "KID",
+    "kernel_inception_distance_std": "KID, std",
+    "precision": "precision",
+    "recall": "recall",
+    "f_score": "F score",
+}
+
+
+def parse() -> argparse.Namespace:
+    """The command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--samples", type=Path, required=True, help="folder of images, or .npz with arr_0")
+    parser.add_argument("--reference", type=Path, required=True, help="the same, or .npz with mu and sigma")
+    parser.add_argument("--metrics", nargs="+", choices=["fid", "isc", "kid", "prc", "fdd"], default=["fid", "isc", "prc"])
+    parser.add_argument("--inception", default=INCEPTION, help="torch-fidelity's extractor for all metrics but FDD")
+    parser.add_argument("--dino", default=DINO, help="its extractor for FDD")
+    parser.add_argument("--batch", type=int, default=64)
+    parser.add_argument("--json", type=Path, help="where to write the numbers; by default beside the samples")
+    return parser.parse_args()
+
+
+class Images(Dataset[Tensor]):
+    """Images of a folder or a file, (3, H, W) uint8."""
+
+    def __init__(self, source: Path) -> None:
+        if source.is_dir():
+            self.files = sorted(path for path in source.rglob("*") if path.suffix.lower() in SUFFIXES)
+            self.array = None
+        elif source.suffix == ".npz" and source.is_file():
+            content = np.load(source, allow_pickle=False)
+            if "arr_0" not in content:
+                raise SystemExit(f"{source} has no arr_0 (it holds {', '.join(content)}): it is no file of images")
+            self.files, self.array = [], content["arr_0"]
+        else:
+            raise SystemExit(f"{source} is neither a folder nor an .npz file")
+        if not len(self):
+            raise SystemExit(f"{source} holds no images")
+        if len(self) < 2:
+            raise SystemExit(f"{source} holds one image: a distribution needs more")
+
+    def __len__(self) -> int:
+        return len(self.files) if self.array is None else len(self.array)
+
+    def __getitem__(self, index: int) -> Tensor:
+        array = np.array(Image.open(self.files[index]).convert("RGB")) if self.array is None else self.array[index]
+        return torch.from_numpy(array).permute(2, 0, 1).contiguous()
+
+
+def statistics(source: Path) -> dict[str, np.ndarray] | None:
+    """Saved statistics, where a reference is a file of them."""
+    if source.suffix != ".npz" or not source.is_file():
+        return None
+    content = np.load(source, allow_pickle=False)
+    return {name: content[name].astype(np.float64) for name in ("mu", "sigma")} if "mu" in content else None
+
+
+def frechet(samples: Images, reference: Any, extractor: str, options: dict[str, Any]) -> float:
+    """Fréchet distance in the features of an extractor, to images or to saved statistics."""
+    layer = resolve_feature_layer_for_metric("fid", feature_extractor=extractor, **options)
+    network = create_feature_extractor(extractor, [layer], **options)
+    found = fid_input_id_to_statistics(1, network, layer, input1=samples, **options)
+    if isinstance(reference, Images):
+        wanted = fid_input_id_to_statistics(1, network, layer, input1=reference, **options)
+    else:
+        wanted = reference
+        if wanted["mu"].shape != found["mu"].shape:
+            raise SystemExit(f"the statistics have {len(wanted['mu'])} features, {extractor} gives {len(found['mu'])}")
+    return fid_statistics_to_metric(
+        {k: v.astype(np.float64) for k, v in found.items()}, {k: v.astype(np.float64) for k, v in wanted.items()}, False
+    )[KEY_METRIC_FID]
+
+
+def evaluate(args: argparse.Namespace) -> dict[str, float]:
+    """The numbers asked for, by name."""
+    samples, saved = Images(args.samples), statistics(args.reference)
+    others = [metric for metric in args.metrics if metric not in ("fid", "fdd")]
+    if saved is not None and args.metrics != ["fid"]:
+        raise SystemExit(f"{args.reference} holds statistics for FID alone: give images for {', '.join(args.metrics)}")
+    reference = saved if saved is not None else Images(args.reference)
+    options = {"cuda": torch.cuda.is_available(), "batch_size": args.batch, "verbose": False, "save_cpu_ram": False}
+    found: dict[str, float] = {"samples": len(samples)}
+    if "fid" in args.metrics:
+        found["FID"] = frechet(samples, reference, args.inception, options)
+    if "fdd" in args.metrics:
+        found["FDD"] = frechet(samples, reference, args.dino, options)
+    if others:
+        count = len(samples) if saved is not None else min(len(samples), len(reference))
+        metrics = torch_fidelity.calculate_metrics(
+            input1=samples, input2=reference, feature_extractor=args.inception, kid_subset_size=min(1000, count),
+            **dict.fromkeys(others, True), **options,
+        )  # fmt: skip
+        found |= {NAMES.get(str(name), str(name)): float(value) for name, value in metrics.items()}
+    return found
+
+
+def main() -> None:
+    args = parse()
+    found = evaluate(args)
+    target = args.json or args.samples.with_suffix(".json")
+    write_text(target, json.dumps({**found, "samples from": str(args.samples), "reference": str(args.reference)}, indent=1))
+    for name, value in found.items():
+        print(f"{name:<12}{value:g}")
+    print(f"written to {target}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,127 @@
+"""evaluate.py with a small feature network: the Fréchet distance of the formula, from folders, files and statistics."""
+
+import json
+import runpy
+import sys
+
+import numpy as np
+import pytest
+import small
+import torch
+from PIL import Image
+
+torch_fidelity = pytest.importorskip("torch_fidelity")
+
+
+class SmallFeatures(torch_fidelity.FeatureExtractorBase):
+    """Mean colours of four quarters, and logits."""
+
+    def __init__(self, name, features_list, **kwargs):
+        super().__init__(name, features_list)
+
+    @staticmethod
+    def get_provided_features_list():
+        return "pooled", "logits_unbiased"
+
+    @staticmethod
+    def get_default_feature_layer_for_metric(metric):
+        return "logits_unbiased" if metric == "isc" else "pooled"
+
+    @staticmethod
+    def can_be_compiled():
+        return False
+
+    def forward(self, x):
+        pooled = torch.nn.functional.adaptive_avg_pool2d(x.float() / 255, 2).flatten(1)
+        features = {"pooled": pooled, "logits_unbiased": 5 * pooled[:, :3]}
+        return tuple(features[name] for name in self.features_list)
+
+
+torch_fidelity.register_feature_extractor("small-features", SmallFeatures)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    root = tmp_path_factory.mktemp("evaluation")
+    generator = np.random.default_rng(0)
+    for name, shift in (("samples", 0), ("reference", 40)):
+        (root / name).mkdir()
+        images = generator.integers(0, 200, (30, 16, 16, 3), dtype=np.uint8)
+        images = (images.astype(int) * generator.uniform(0.2, 1, (30, 1, 1, 3)) + shift).astype(np.uint8)
+        for i, image in enumerate(images):
+            Image.fromarray(image).save(root / name / f"{i:06d}.png")
+        np.savez(root / f"{name}.npz", arr_0=images)
+    return root
+
+
+def run(monkeypatch, capsys, *arguments):
+    monkeypatch.setattr(sys, "argv", ["evaluate.py", "--inception", "small-features", "--dino", "small-features",
+                                      *map(str, arguments)])  # fmt: skip
+    runpy.run_path(str(small.SCRIPTS / "evaluate.py"), run_name="__main__")
+    return capsys.readouterr().out
+
+
+def frechet(folder):
+    """|mu1 - mu2|² + tr(S1 + S2 - 2 (S1 S2)^½), by symmetric square roots."""
+    stats = []
+    for name in ("samples", "reference"):
+        images = torch.from_numpy(np.load(folder / f"{name}.npz")["arr_0"]).permute(0, 3, 1, 2)
+        features = torch.nn.functional.adaptive_avg_pool2d(images.float() / 255, 2).flatten(1).double().numpy()
+        stats.append((features.mean(0), np.cov(features, rowvar=False)))
+    (mu1, s1), (mu2, s2) = stats
+    values, vectors = np.linalg.eigh(s1)
+    root = vectors @ np.diag(np.sqrt(values.clip(0))) @ vectors.T
+    cross = np.sqrt(np.linalg.eigvalsh(root @ s2 @ root).clip(0)).sum()
+    return ((mu1 - mu2) ** 2).sum() + np.trace(s1) + np.trace(s2) - 2 * cross, stats[1]
+
+
+@pytest.mark.parametrize("suffix", ["", ".npz"])
+def test_numbers(folder, suffix, monkeypatch, capsys, tmp_path):
+    out = tmp_path / "numbers.json"
+    text = run(monkeypatch, capsys, "--samples", folder / f"samples{suffix}", "--reference", folder / f"reference{suffix}",
+               "--metrics", "fid", "fdd", "isc", "kid", "prc", "--json", out)  # fmt: skip
+    found = json.loads(out.read_text())
+    expected, _ = frechet(folder)
+    assert found["FID"] == pytest.approx(expected, rel=1e-3)
+    assert found["FDD"] == found["FID"]
+    assert found["samples"] == 30
+    assert {"IS", "KID", "precision", "recall"} <= found.keys()
+    assert found["IS"] >= 1
+    assert "FID" in text
+
+
+def test_saved_statistics(folder, monkeypatch, capsys, tmp_path):
+    expected, (mu, sigma) = frechet(folder)
+    np.savez(tmp_path / "stats.npz", mu=mu, sigma=sigma)
+    run(monkeypatch, capsys, "--samples", folder / "samples.npz", "--reference", tmp_path / "stats.npz", "--metrics", "fid")
+    assert json.loads((folder / "samples.json").read_text())["FID"] == pytest.approx(expected, rel=1e-3)
+    with pytest.raises(SystemExit, match="statistics for FID alone"):
+        run(monkeypatch, capsys, "--samples", folder / "samples.npz", "--reference", tmp_path / "stats.npz")
+    np.savez(tmp_path / "other.npz", mu=mu[:3], sigma=sigma[:3, :3])
+    with pytest.raises(SystemExit, match="statistics have 3 features, small-features gives 12"):
+        run(
+            monkeypatch,
+            capsys,
+            "--samples",
+            folder / "samples.npz",
+            "--reference",
+            tmp_path / "other.npz",
+            "--metrics",
+            "fid",
+        )
+
+
+def test_a_set_is_at_no_distance_from_itself(folder, monkeypatch, capsys, tmp_path):
+    run(monkeypatch, capsys, "--samples", folder / "samples", "--reference", folder / "samples.npz", "--metrics", "fid",
+        "--json", tmp_path / "n.json")  # fmt: skip
+    assert json.loads((tmp_path / "n.json").read_text())["FID"] == pytest.approx(0, abs=1e-5)
+
+
+def test_refusals(folder, monkeypatch, capsys, tmp_path):
+    for samples, message in (("nothing", "neither a folder nor"), ("empty", "holds no images")):
+        (tmp_path / "empty").mkdir(exist_ok=True)
+        with pytest.raises(SystemExit, match=message):
+            run(monkeypatch, capsys, "--samples", tmp_path / samples, "--reference", folder / "reference")
+    np.savez(tmp_path / "odd.npz", other=np.zeros(3))
+    with pytest.raises(SystemExit, match="has no arr_0 .it holds other"):
+        run(monkeypatch, capsys, "--samples", tmp_path / "odd.npz", "--reference", folder / "reference")
