@@ -89,6 +89,20 @@ def test_pickles_are_named_and_never_read(tmp_path, new_format):
             load(path)
 
 
+@pytest.mark.parametrize("low", [0x80, 0x50])
+def test_a_header_may_start_with_any_byte(tmp_path, low):
+    """The first byte of a file is that of its header's length, here a pickle's or a zip archive's own first one."""
+    path, model = tmp_path / "model.safetensors", SiT(CONFIG)
+    model.save(path)
+    metadata = {"sprint.config": json.dumps(CONFIG.__dict__)}
+    for padding in range(0, 512, 8):
+        save_file(model.state_dict(), path, metadata={**metadata, "padding": "x" * padding})
+        if path.read_bytes()[0] == low:
+            break
+    assert path.read_bytes()[0] == low
+    assert same(weights(SiT.load(path)), weights(model))
+
+
 def test_missing_files(tmp_path):
     for load in (SiT.load, SiT.from_reference, load_state):
         with pytest.raises(FileNotFoundError, match="there is no checkpoint at"):

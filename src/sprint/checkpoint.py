@@ -78,8 +78,9 @@ def read_tensors(path: PathLike) -> tuple[dict[str, Tensor], dict[str, str]]:
     if not source.is_file():
         raise FileNotFoundError(f"there is no checkpoint at {source}")
     with source.open("rb") as file:
-        magic = file.read(4)
-    if magic.startswith((b"PK\x03\x04", b"\x80")):
+        start = file.read(9)
+    # A safetensors file may start with a pickle's first byte too: eight bytes of header length come first, then "{".
+    if start.startswith((b"PK\x03\x04", b"\x80")) and start[8:] != b"{":
         raise ValueError(
             f"{source} is a pickle (torch.save), expected safetensors: unpickling runs code, so it is not read; if you "
             "trust it, convert it: safetensors.torch.save_file(torch.load(path, weights_only=True), 'model.safetensors')"
