@@ -44,6 +44,11 @@ ALLOWED = {
     "kernels": set(),
     "images": {"checkpoint"},
     "latents": {"checkpoint", "random"},
+    "schedule": {"drop"},
+    "order": {"schedule"},
+    "runs": {"checkpoint"},
+    "parallel": {"compiling", "layers"},
+    "teacher": set(),
     "original": {"config", "layers", "sit"},
     "optim": {"fusion", "kernels"},
     "step": {"capture", "compiling", "guidance", "optim"},
@@ -52,7 +57,7 @@ ALLOWED = {
 }
 CORE = {"torch", "einops", "safetensors", "numpy"}
 OPT_IN = {"diffusers": {"diffusers"}, "pipeline": {"diffusers"}, "kernels": {"triton"}}  # rooms imported where used
-LAZY = {"xformers", "tqdm", "PIL"}  # imported inside the function that needs them
+LAZY = {"xformers", "tqdm", "PIL", "timm"}  # imported inside the function that needs them
 
 
 def imports(path: Path) -> list[tuple[str, bool]]:

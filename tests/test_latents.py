@@ -63,7 +63,7 @@ def test_half_prepared_and_damaged_datasets(tmp_path):
     path.unlink()
     with pytest.raises(FileNotFoundError, match="is missing, which index.json lists"):
         LatentDataset(tmp_path)
-    with pytest.raises(ValueError, match="3 moments and 2 labels"):
+    with pytest.raises(ValueError, match="3 moments, 2 labels"):
         write_shard(tmp_path, 0, torch.zeros(3, 8, 4, 4), torch.zeros(2, dtype=torch.int64))
 
 

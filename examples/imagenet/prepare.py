@@ -2,6 +2,7 @@
 
     accelerate launch examples/imagenet/prepare.py --images imagenet/train --out latents256 --size 256
     python examples/imagenet/prepare.py ... --layout repa            # the files of REPA's preprocessing
+    python examples/imagenet/prepare.py ... --teacher vit_base_patch14_dinov2.lvd142m    # with REPA's features, cached
 
 Work is cut into parts of `--shard` images, written whole or not at all: run the same command again after an interruption,
 and it goes on. Files that cannot be read are listed in corrupt.txt, with the reason, and left out.
@@ -23,6 +24,7 @@ from tqdm.auto import tqdm
 from sprint.checkpoint import write_text
 from sprint.images import ImageFolder, find_images, to_unit
 from sprint.latents import write_index, write_repa, write_repa_labels, write_shard
+from sprint.teacher import Teacher
 
 STORED = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
 
@@ -36,19 +38,26 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--vae", default="stabilityai/sd-vae-ft-mse", help="hub name or local folder")
     parser.add_argument("--layout", choices=["compact", "repa"], default="compact")
     parser.add_argument("--dtype", choices=STORED, default="float16", help="of stored moments (compact layout)")
+    parser.add_argument("--teacher", help="timm model whose features to keep for REPA (compact layout)")
+    parser.add_argument("--teacher-weights", type=Path, help="its file, instead of timm's hub")
+    parser.add_argument("--patch", type=int, default=2, help="patch size of the model that the teacher teaches")
     parser.add_argument("--batch", type=int, default=32)
     parser.add_argument("--shard", type=int, default=4096, help="images per part")
     parser.add_argument("--workers", type=int, default=4, help="processes that decode images, per GPU")
     args = parser.parse_args()
     if min(args.size, args.batch, args.shard) < 1 or args.workers < 0:
         parser.error("--size, --batch and --shard must be at least 1, --workers at least 0")
+    if args.teacher and args.layout == "repa":
+        parser.error("--layout repa keeps the images, from which training asks the teacher: leave --teacher out")
+    if args.teacher_weights and not args.teacher:
+        parser.error("--teacher-weights without --teacher has no effect")
     return args
 
 
 def plan(args: argparse.Namespace, images: list[tuple[Path, int]]) -> dict[str, Any]:
     """What decides the content of the parts; a folder of another plan is refused."""
     names = hashlib.sha256("\n".join(f"{path} {label}" for path, label in images).encode()).hexdigest()
-    options = {name: getattr(args, name) for name in ("size", "vae", "layout", "dtype", "shard")}
+    options = {name: getattr(args, name) for name in ("size", "vae", "layout", "dtype", "shard", "teacher", "patch")}
     return {"images": len(images), "names": names, **options}
 
 
@@ -70,12 +79,14 @@ def encode(vae: Any, images: torch.Tensor, device: torch.device) -> torch.Tensor
     return torch.cat([posterior.mean, posterior.std], dim=1)
 
 
-def prepare_part(number: int, args: argparse.Namespace, images: list[tuple[Path, int]], vae: Any, device: Any) -> None:
+def prepare_part(
+    number: int, args: argparse.Namespace, images: list[tuple[Path, int]], *, vae: Any, teacher: Any, device: Any
+) -> None:
     """Encode one part and write it; its record comes last."""
     first = number * args.shard
     mine = images[first : first + args.shard]
     loader = DataLoader(ImageFolder(args.images, mine, size=args.size), batch_size=args.batch, num_workers=args.workers)
-    moments, kept, corrupt, at = [], [], [], 0
+    moments, features, kept, corrupt, at = [], [], [], [], 0
     for pixels, labels, problems in loader:
         good = [i for i, problem in enumerate(problems) if not problem]
         corrupt += [[str(mine[at + i][0]), problem] for i, problem in enumerate(problems) if problem]
@@ -86,11 +97,13 @@ def prepare_part(number: int, args: argparse.Namespace, images: list[tuple[Path,
                     kept.append([write_repa(args.out, first + at + i, png(pixels[i]), one), int(labels[i])])
             else:
                 moments.append(encoded.to(STORED[args.dtype]))
+                if teacher is not None:
+                    features.append(teacher(pixels[good].to(device)).cpu().to(STORED[args.dtype]))
                 kept += [[None, int(labels[i])] for i in good]
         at += len(pixels)
     if args.layout == "compact" and kept:
         labels = torch.tensor([label for _, label in kept])
-        write_shard(args.out, number, torch.cat(moments), labels)
+        write_shard(args.out, number, torch.cat(moments), labels, features=torch.cat(features) if features else None)
     write_text(record(args.out, number), json.dumps({"labels": kept, "corrupt": corrupt}))
 
 
@@ -114,7 +127,8 @@ def finish(args: argparse.Namespace, parts: int, classes: list[str]) -> None:
         write_repa_labels(args.out, [(name, label) for part in records for name, label in part["labels"]])
     else:
         numbers = [number for number, part in enumerate(records) if part["labels"]]
-        write_index(args.out, numbers, about={"classes": classes, "size": args.size, "vae": args.vae, "corrupt": corrupt})
+        about = {"classes": classes, "size": args.size, "vae": args.vae, "teacher": args.teacher, "corrupt": corrupt}
+        write_index(args.out, numbers, about=about)
     write_text(args.out / "corrupt.txt", "".join(f"{path}\t{problem}\n" for path, problem in corrupt))
     count = sum(len(part["labels"]) for part in records)
     print(f"{count} images of {len(classes)} classes prepared in {args.out}, {len(corrupt)} corrupt (corrupt.txt)")
@@ -137,9 +151,13 @@ def main() -> None:
     vae = vae.to(state.device).eval()
     if args.size % (factor := 2 ** (len(vae.config.block_out_channels) - 1)):
         raise SystemExit(f"--size {args.size} is not divisible by {factor}, by which this VAE shrinks images")
+    teacher = None
+    if args.teacher:
+        side = args.size // factor // args.patch
+        teacher = Teacher(args.teacher, (side, side), weights=args.teacher_weights).to(state.device)
     mine = [n for n in range(parts) if n % state.num_processes == state.process_index and not record(args.out, n).exists()]
     for number in tqdm(mine, desc="parts", disable=not state.is_main_process):
-        prepare_part(number, args, images, vae, state.device)
+        prepare_part(number, args, images, vae=vae, teacher=teacher, device=state.device)
     state.wait_for_everyone()
     if state.is_main_process:
         finish(args, parts, classes)

@@ -18,6 +18,7 @@ import torch
 from accelerate import PartialState
 from PIL import Image
 from tqdm.auto import tqdm
+from weights import load
 
 import sprint
 from sprint.checkpoint import write_bytes, write_text
@@ -29,7 +30,7 @@ from sprint.random import normal
 def parse() -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--checkpoint", type=Path, required=True, help="of SiT.save, or of the authors (safetensors)")
+    parser.add_argument("--checkpoint", type=Path, required=True, help="of train.py, SiT.save or the authors (safetensors)")
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--count", type=int, default=50_000)
     parser.add_argument("--side", type=int, default=32, help="of the latents: 32 for 256 px, 64 for 512 px")
@@ -47,17 +48,6 @@ def parse() -> argparse.Namespace:
     if min(args.count, args.batch, args.steps, args.side) < 1:
         parser.error("--count, --batch, --steps and --side must be at least 1")
     return args
-
-
-def load(path: Path, device: Any) -> sprint.SiT:
-    """A checkpoint of ours, or of the authors."""
-    try:
-        model = sprint.SiT.load(path, device=device)
-    except ValueError as error:
-        if "from_reference" not in str(error):
-            raise
-        model = sprint.SiT.from_reference(path, device=device)
-    return model.eval()
 
 
 def guidance(args: argparse.Namespace) -> Any:
@@ -115,7 +105,9 @@ def pack(args: argparse.Namespace) -> Path:
 def main() -> None:
     args = parse()
     state = PartialState(cpu=not torch.cuda.is_available())
-    sit = load(args.checkpoint, state.device)
+    sit = load(args.checkpoint, state.device).eval()
+    if args.vae == "none" and sit.config.in_channels not in (1, 3):
+        raise SystemExit(f"--vae none, but {sit.config.in_channels} channels are no picture: name the VAE of the latents")
     guidance(args)
     if state.is_main_process:
         agree(args)

@@ -18,7 +18,9 @@ from sprint.interpolants import CosineInterpolant, Interpolant, LinearInterpolan
 from sprint.latents import LatentDataset, draw_latents
 from sprint.middle import SparseMiddle
 from sprint.optim import AdamW
+from sprint.runs import RunFolder
 from sprint.sampling import Euler, EulerMaruyama, Heun, State, sample, trajectory
+from sprint.schedule import Stage, TwoStage
 from sprint.sit import SiT
 from sprint.step import StepOutput, TrainStep
 from sprint.tokens import TokenSubset
@@ -48,12 +50,14 @@ __all__ = [
     "PathDropGuidance",
     "RandomDrop",
     "Report",
+    "RunFolder",
     "ShiftedTime",
     "SiT",
     "SiTConfig",
     "SparseDenseResidual",
     "SparseGuidance",
     "SparseMiddle",
+    "Stage",
     "State",
     "StepOutput",
     "StructuredDrop",
@@ -61,6 +65,7 @@ __all__ = [
     "TokenRouting",
     "TokenSubset",
     "TrainStep",
+    "TwoStage",
     "UniformTime",
     "check",
     "cost",

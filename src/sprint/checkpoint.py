@@ -55,7 +55,10 @@ def _write(path: PathLike, fill: Callable[[str], Any]) -> None:
     handle, temporary = tempfile.mkstemp(prefix=f".{target.name}.", suffix=".tmp", dir=target.parent)
     os.close(handle)
     try:
-        fill(temporary)
+        try:
+            fill(temporary)
+        except SafetensorError as error:  # how safetensors reports a full disk
+            raise OSError(f"cannot write {target}: {error}") from error
         with open(temporary, "rb") as file:
             os.fsync(file.fileno())
         mask = os.umask(0)

@@ -3,7 +3,8 @@
     compact     index.json, shard-00000.safetensors, ...        a few large files of 16-bit moments
     REPA        images/, vae-sd/*/*.npy, vae-sd/dataset.json    one small file per image, float32 (arXiv 2410.06940)
 
-`LatentDataset` reads both. Training draws a new latent from the moments each time: `draw_latents`.
+`LatentDataset` reads both. Training draws a new latent from the moments each time: `draw_latents`. For REPA a dataset also
+gives what the teacher needs, images (REPA's layout), or what it said, features (compact layout, if they were prepared).
 """
 
 import io
@@ -55,7 +56,13 @@ def shard_name(number: int) -> str:
 
 
 def write_shard(
-    folder: PathLike, number: int, moments: Tensor, labels: Tensor, *, metadata: Mapping[str, str] | None = None
+    folder: PathLike,
+    number: int,
+    moments: Tensor,
+    labels: Tensor,
+    *,
+    features: Tensor | None = None,
+    metadata: Mapping[str, str] | None = None,
 ) -> None:
     """Write one shard of the compact layout, atomically: it is whole, or it is not there.
 
@@ -64,11 +71,14 @@ def write_shard(
         number: of the shard.
         moments: (n, 2C, H, W), of the dtype to store.
         labels: (n,) int64.
+        features: of a teacher, (n, N, D), of the dtype to store.
         metadata: text kept in the file.
     """
-    if len(moments) != len(labels):
-        raise ValueError(f"{len(moments)} moments and {len(labels)} labels: give one label per image")
-    write_tensors(Path(folder) / shard_name(number), {"moments": moments, "labels": labels}, metadata)
+    tensors = {"moments": moments, "labels": labels} | ({} if features is None else {"features": features})
+    if len({len(tensor) for tensor in tensors.values()}) > 1:
+        counts = ", ".join(f"{len(tensor)} {name}" for name, tensor in tensors.items())
+        raise ValueError(f"a shard of {counts}: give one of each per image")
+    write_tensors(Path(folder) / shard_name(number), tensors, metadata)
 
 
 def write_index(folder: PathLike, numbers: Iterable[int], *, about: Mapping[str, Any] | None = None) -> dict[str, Any]:
@@ -128,19 +138,21 @@ def write_repa_labels(folder: PathLike, labels: Sequence[tuple[str, int]]) -> No
         write_text(Path(folder) / "images" / "dataset.json", json.dumps({"labels": images}))
 
 
-class LatentDataset(Dataset[tuple[Tensor, int]]):
+class LatentDataset(Dataset[tuple[Tensor, ...]]):
     """Moments and labels of a prepared dataset, of either layout.
 
     Args:
         folder: of the dataset.
+        aligned: also give what REPA aligns with, as the third item: images (3, H, W) uint8 for a teacher (REPA's layout), or
+            the teacher's features (N, D) (compact layout).
 
     Raises:
-        FileNotFoundError: nothing was prepared there, or only half.
+        FileNotFoundError: nothing was prepared there, or only half, or nothing to align with.
         ValueError: files that do not fit each other.
     """
 
-    def __init__(self, folder: PathLike) -> None:
-        self.folder = Path(folder)
+    def __init__(self, folder: PathLike, *, aligned: bool = False) -> None:
+        self.folder, self.aligned = Path(folder), aligned
         self.shape: tuple[int, ...]
         """(2C, H, W)."""
         if (self.folder / INDEX).is_file():
@@ -154,16 +166,21 @@ class LatentDataset(Dataset[tuple[Tensor, int]]):
         self.shape = self._read.shape
         self.labels = self._read.labels
         """(n,) int64, of all images."""
+        self.teacher = self._read.teacher
+        """Name of the teacher whose features were prepared, if any."""
+        if aligned:
+            self._read.check_aligned()
 
     def __len__(self) -> int:
         return len(self._read)
 
-    def __getitem__(self, index: int) -> tuple[Tensor, int]:
-        """Moments (2C, H, W) as stored, and the label."""
+    def __getitem__(self, index: int) -> tuple[Tensor, ...]:
+        """Moments (2C, H, W) as stored, the label (int64 scalar), and what to align with if it was asked for."""
         if not -len(self) <= index < len(self):
             raise IndexError(f"index {index} of a dataset of {len(self)} images")
         index %= len(self)
-        return self._read.moments(index), int(self.labels[index])
+        pair = self._read.moments(index), self.labels[index]
+        return (*pair, self._read.companion(index)) if self.aligned else pair
 
 
 class _Shards:
@@ -174,6 +191,7 @@ class _Shards:
         self.folder, self.shards = folder, index["shards"]
         self.ends = list(accumulate(shard["count"] for shard in self.shards))
         self.shape = tuple(index["shape"])
+        self.teacher: str | None = index.get("teacher")
         self.open: dict[int, Any] = {}
         labels = []
         for shard in self.shards:
@@ -190,21 +208,35 @@ class _Shards:
         return self.ends[-1] if self.ends else 0
 
     def moments(self, index: int) -> Tensor:
+        return self._row("moments", index)
+
+    def companion(self, index: int) -> Tensor:
+        return self._row("features", index)
+
+    def check_aligned(self) -> None:
+        if self.teacher is None:
+            raise FileNotFoundError(
+                f"{self.folder} holds no teacher's features: prepare it with --teacher, or with --layout repa, which keeps "
+                "images"
+            )
+
+    def _row(self, name: str, index: int) -> Tensor:
         number = bisect_right(self.ends, index)
         if number not in self.open:
-            path = self.folder / self.shards[number]["file"]
-            self.open[number] = safe_open(path, framework="pt").get_slice("moments")
-        return self.open[number][index - (self.ends[number - 1] if number else 0)]
+            self.open[number] = safe_open(self.folder / self.shards[number]["file"], framework="pt")
+        return self.open[number].get_slice(name)[index - (self.ends[number - 1] if number else 0)]
 
     def __getstate__(self) -> dict[str, Any]:
         return self.__dict__ | {"open": {}}
 
 
 class _Files:
-    """REPA's layout."""
+    """REPA's layout; images and latents are paired by their rank in order of name, as REPA's reader does."""
+
+    teacher = None
 
     def __init__(self, folder: Path) -> None:
-        self.folder = folder / "vae-sd"
+        self.folder, self.images = folder / "vae-sd", list[Path]()
         pairs = json.loads((self.folder / "dataset.json").read_text(encoding="utf-8"))["labels"]
         by_name = dict(pairs)
         self.names = sorted(by_name)
@@ -223,6 +255,20 @@ class _Files:
     def moments(self, index: int) -> Tensor:
         array = np.load(self.folder / self.names[index], allow_pickle=False)
         return torch.from_numpy(array.reshape(array.shape[-3:]))
+
+    def companion(self, index: int) -> Tensor:
+        from PIL import Image
+
+        with Image.open(self.images[index]) as image:
+            return torch.from_numpy(np.array(image.convert("RGB"))).permute(2, 0, 1).contiguous()
+
+    def check_aligned(self) -> None:
+        folder = self.folder.parent / "images"
+        self.images = sorted(path for path in folder.rglob("*") if path.suffix == ".png")
+        if len(self.images) != len(self):
+            raise FileNotFoundError(
+                f"{folder} holds {len(self.images)} images for {len(self)} latents: REPA needs them all: copy them"
+            )
 
 
 def _look(path: Path) -> tuple[tuple[int, ...], Tensor]:

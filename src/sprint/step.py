@@ -128,9 +128,8 @@ class TrainStep:
             else:
                 self._graphs = graphs
                 self._make_capturable()
-        if accumulate > 1:  # every graph must add to the same memory
-            for parameter in self.parameters:
-                parameter.grad = torch.zeros_like(parameter)
+        for parameter in self.parameters:  # with accumulation every graph must add to the same memory
+            parameter.grad = torch.zeros_like(parameter) if accumulate > 1 else None
 
     def __call__(self, *args: Any, **kwargs: Any) -> StepOutput:
         """Train on one batch.

@@ -1,5 +1,6 @@
 """Small real things for the ImageNet scripts: a folder of images, a random VAE."""
 
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -8,6 +9,7 @@ import torch
 from PIL import Image
 
 SCRIPTS = Path(__file__).parents[2] / "examples" / "imagenet"
+ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1"}  # such small work is slower on two threads
 
 
 def images(folder: Path, *, classes: int = 3, each: int = 8, side: int = 40) -> Path:
@@ -43,4 +45,4 @@ def script(name: str, *arguments: object, processes: int = 1, port: int = 29561)
     if processes > 1:
         launch += ["-m", "torch.distributed.run", f"--nproc-per-node={processes}", f"--master-port={port}"]
     command = [*launch, str(SCRIPTS / f"{name}.py"), *map(str, arguments)]
-    return subprocess.run(command, capture_output=True, text=True, check=False)
+    return subprocess.run(command, capture_output=True, text=True, check=False, env=ENVIRONMENT)

@@ -1,0 +1,34 @@
+"""Weights for the scripts here, whoever wrote them: `SiT.save`, a run's checkpoint (its average), or the SPRINT authors."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import sprint
+from sprint.checkpoint import load_weights, read_tensors
+
+
+def load(path: Path, device: Any = None) -> sprint.SiT:
+    """A model from a checkpoint.
+
+    Raises:
+        FileNotFoundError, ValueError: there is none, or it is another kind of file.
+    """
+    _, metadata = read_tensors(path)
+    if "sprint.state" in metadata:
+        return from_state(sprint.load_state(path), str(path)).to(device)
+    if "sprint.config" in metadata:
+        return sprint.SiT.load(path, device=device)
+    return sprint.SiT.from_reference(path, device=device)
+
+
+def from_state(state: dict[str, Any], source: str) -> sprint.SiT:
+    """The averaged model of a state that train.py wrote."""
+    if not {"sit", "ema"} <= state.keys():
+        raise ValueError(f"{source} is a training state of another script: it holds {', '.join(state)}")
+    with torch.device("meta"):
+        model = sprint.SiT(sprint.SiTConfig(**json.loads(state["sit"])))
+    load_weights(model, state["ema"], source=source, assign=True)
+    return model

@@ -1,0 +1,67 @@
+"""The checkpoints of a run: the newest whole one is always there, whatever interrupts the writing of the next.
+
+run/checkpoints/00005000.safetensors        one training state, as `save_state` writes it
+"""
+
+import re
+import warnings
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from sprint.checkpoint import PathLike, load_state, save_state
+
+
+class RunFolder:
+    """Training states of one run, by step.
+
+    Args:
+        folder: made if it is not there.
+        keep: states kept, at least 1; older ones are deleted after a new one is whole.
+
+    Examples:
+        >>> import tempfile
+        >>> run = RunFolder(tempfile.mkdtemp(), keep=2)
+        >>> for step in (10, 20, 30):
+        ...     _ = run.save(step, {"step": step})
+        >>> run.steps, run.newest()[1]
+        ([20, 30], {'step': 30})
+    """
+
+    def __init__(self, folder: PathLike, *, keep: int = 3) -> None:
+        if keep < 1:
+            raise ValueError(f"keep must be at least 1 checkpoint, got {keep}")
+        self.folder, self.keep = Path(folder) / "checkpoints", keep
+        self.folder.mkdir(parents=True, exist_ok=True)
+
+    def path(self, step: int) -> Path:
+        """Where the state of a step is."""
+        return self.folder / f"{step:08d}.safetensors"
+
+    @property
+    def steps(self) -> list[int]:
+        """Steps whose states are there, ascending."""
+        return sorted(int(path.stem) for path in self.folder.iterdir() if re.fullmatch(r"\d{8,}\.safetensors", path.name))
+
+    def save(self, step: int, state: Mapping[str, Any]) -> Path:
+        """Write a state, whole or not at all, then delete the oldest ones.
+
+        Raises:
+            OSError: it could not be written (a full disk); the older states are untouched.
+        """
+        for leftover in self.folder.glob(".*.tmp"):  # of a process that was killed while it wrote
+            leftover.unlink(missing_ok=True)
+        path = self.path(step)
+        save_state(path, state)
+        for old in [other for other in self.steps if other < step][: -self.keep + 1 or None]:
+            self.path(old).unlink(missing_ok=True)
+        return path
+
+    def newest(self) -> tuple[int, dict[str, Any]] | None:
+        """Step and state of the newest whole checkpoint; None if there is none. A broken file is named and passed over."""
+        for step in reversed(self.steps):
+            try:
+                return step, load_state(self.path(step))
+            except ValueError as error:
+                warnings.warn(f"{error}; going back to the one before", RuntimeWarning, stacklevel=2)
+        return None

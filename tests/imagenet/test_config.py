@@ -1,0 +1,102 @@
+"""config.py: the reference's names load, whatever is wrong is one clear error, and every option acts."""
+
+import dataclasses
+import re
+import sys
+
+import pytest
+import small
+
+sys.path.insert(0, str(small.SCRIPTS))
+config = pytest.importorskip("config")
+
+FILES = sorted((small.SCRIPTS / "configs").glob("*.yaml"))
+
+
+def build(options=None, *changes):
+    return config.build(options or {}, list(changes))
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
+def test_shipped_files_load_and_describe_the_papers_models(path):
+    found = config.read(path)
+    sit = found.sit(channels=4, repa_dim=768 if found.representation_align else None)
+    assert (sit.dim, sit.heads, sit.encoder_depth, sit.middle_depth, sit.decoder_depth) == (1152, 16, 2, 24, 2)
+    first = found.schedule().pretrain
+    assert (first.batch, first.lr) == (256, 1e-4)
+    assert first.drop.ratio == 0.75
+    both = config.read(path, ["stages=both"]).schedule()
+    assert both.finetune.batch == 1024
+    assert both.finetune.lr == (2e-4 if "256" in path.stem else 1.5e-4)
+    assert both.finetune.warmup == 5000
+    assert both.finetune.steps == 200_000
+
+
+def test_a_file_of_the_references_options_loads():
+    """Its names, grouped in sections or not, with a parked option and numbers that YAML reads as text."""
+    flat = {
+        "hidden_size": 1152, "num_heads": 16, "patch_size": 2, "in_channels": 4, "input_size": 32, "mlp_ratio": 4.0,
+        "encoder_depth": 2, "middle_depth": 24, "decoder_depth": 2, "num_classes": 1000, "mask_ratio": 0.75,
+        "mask_type": "structured_with_random_offset", "residual_type": "both", "representation_align": False,
+        "representation_depth": 4, "path_type": "linear", "weighting": "lognormal", "learning_rate": "1e-4",
+    }  # fmt: skip
+    names = ("mask_ratio", "mask_type")
+    grouped = {"model": {k: v for k, v in flat.items() if k not in names}, "masking": {k: flat[k] for k in names}}
+    assert build(flat) == build(grouped)
+    assert build(flat).learning_rate == 1e-4
+    assert build({"drop_ratio": 0.5, "mask-type": "random"}).drop().ratio == 0.5
+
+
+def test_every_option_is_read_by_the_script():
+    """An option that nothing reads would have no effect."""
+    sources = "".join((small.SCRIPTS / name).read_text() for name in ("config.py", "train.py"))
+    for kind, owner in ((config.Config, "(self|config)"), (config.Finetune, r"self\.finetune")):
+        for field in dataclasses.fields(kind):
+            assert re.search(rf"{owner}\.{field.name}\b", sources), field.name
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"mask_ration": 0.5}, "unknown option 'mask_ration' of train.py: did you mean mask_ratio"),
+        ({"finetune": {"learnin_rate": 1}}, "unknown option 'learnin_rate' of the section finetune"),
+        ({"representation_depth": 4}, "representation_depth has no effect with representation_align=False"),
+        ({"mask_ratio": 0, "mask_type": "random"}, "mask_type has no effect with mask_ratio=0"),
+        ({"residual_type": "shallow", "path_drop_prob": 0.2}, "path_drop_prob has no effect with residual_type='shallow'"),
+        ({"vae": "x"}, "vae has no effect with sampling_steps=0"),
+        ({"mask_ratio": "much"}, "mask_ratio must be float, got 'much'"),
+        ({"batch_size": True}, "batch_size must be int, got True"),
+        ({"batch_size": 1.5}, "batch_size must be int, got 1.5"),
+        ({"mask_type": "block"}, "mask_type must be 'random' or 'structured_with_random_offset', got 'block'"),
+        ({"mask_ratio": 1.0}, r"share of tokens dropped, in \[0, 1\), got 1.0"),
+        ({"num_heads": 7}, "dim=1152 does not split into 7 heads"),
+        ({"model": "XXL/2"}, "unknown model 'XXL/2': choose one of S/2"),
+        ({"stages": "finetune"}, "give init_from=checkpoint"),
+        ({"warmup_steps": 10, "max_train_steps": 5}, "warmup must be 0 to 5"),
+        ({"a": {"seed": 1}, "seed": 2}, "unknown option 'a'|seed is given twice, as 1 and as 2"),
+        ({"representation_align": True, "representation_depth": 1}, "representation_depth=1 taps no block"),
+        ({"representation_align": True, "representation_depth": 40}, "repa_depth must be 1 to 28"),
+        ({"ema_decay": 1.0}, r"ema_decay must be in \[0, 1\)"),
+        ({"path_drop_prob": 2}, "path_drop_prob is a probability"),
+        ({"checkpointing_steps": 0}, "checkpointing_steps must be at least 1"),
+    ],
+)
+def test_what_is_wrong_is_said(options, message):
+    with pytest.raises((ValueError, TypeError), match=message):
+        build(options)
+
+
+def test_changes_from_the_command_line(tmp_path):
+    found = build({}, "learning_rate=3e-4", "finetune.max_train_steps=7000", "stages=both", "mask-ratio=0.5")
+    assert (found.learning_rate, found.mask_ratio) == (3e-4, 0.5)
+    assert found.schedule().finetune.steps == 7000
+    with pytest.raises(ValueError, match="--set takes name=value, got 'seed'"):
+        build({}, "seed")
+    with pytest.raises(SystemExit, match="there is no configuration at"):
+        config.read(tmp_path / "none.yaml")
+    (tmp_path / "bad.yaml").write_text("a: [")
+    with pytest.raises(SystemExit, match="is no YAML"):
+        config.read(tmp_path / "bad.yaml")
+    (tmp_path / "list.yaml").write_text("- 1")
+    with pytest.raises(SystemExit, match="must hold options by name, got list"):
+        config.read(tmp_path / "list.yaml")
