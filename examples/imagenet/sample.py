@@ -158,7 +158,7 @@ def generate(args: argparse.Namespace, model: Any, vae: Any, state: PartialState
 def main() -> None:
     args = parse()
     state = PartialState(cpu=not torch.cuda.is_available())
-    model, vae = build(args, torch.device(state.device))
+    model, vae = build(args, state.device or torch.device("cpu"))
     path = generate(args, model, vae, state)
     if state.is_main_process:
         print(f"{args.count} images in {args.out} and {path}")

@@ -98,7 +98,7 @@ def main() -> None:
     state = PartialState(cpu=not torch.cuda.is_available())
     args.out.mkdir(parents=True, exist_ok=True)
     reference = Reference(args) if state.is_main_process else None
-    model, vae = sample.build(args, torch.device(state.device))
+    model, vae = sample.build(args, state.device or torch.device("cpu"))
     rows: list[dict[str, Any]] = []
     for guidance in args.guidance:
         for scale in args.scales:
