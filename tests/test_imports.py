@@ -23,7 +23,7 @@ ALLOWED = {
     "fusion": {"random"},
     "middle": {"fusion", "tokens"},
     "layers": {"random"},
-    "config": {"fusion"},
+    "config": {"fusion", "interpolants"},
     "inputs": {"config"},
     "reference": {"config"},
     "sit": {"checkpoint", "config", "fusion", "inputs", "layers", "middle", "random", "reference", "tokens"},

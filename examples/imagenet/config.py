@@ -72,6 +72,8 @@ class Config:
     in_channels: int | None = None  # of the latents, checked against the data
     num_classes: int = 1000
     qk_norm: bool = True
+    positions: Literal["rope", "sincos"] = "rope"
+    time_scale: float = 1.0
     residual_type: Literal["both", "deep", "shallow"] = "both"
     class_dropout_prob: float = 0.1
     path_drop_prob: float = 0.1
@@ -79,7 +81,8 @@ class Config:
     mask_ratio: float = 0.75
     mask_type: MaskType = "structured_with_random_offset"
     # Objective
-    path_type: Literal["linear", "cosine"] = "linear"
+    path_type: Literal["linear", "cosine", "ddpm"] = "linear"
+    prediction: Literal["v", "x", "noise"] = "v"
     weighting: Literal["lognormal", "uniform"] = "lognormal"
     representation_align: bool = False
     representation_depth: int = 8  # as the reference counts: one more than the blocks that have run
@@ -163,6 +166,9 @@ class Config:
             mlp_ratio=self.mlp_ratio,
             num_classes=self.num_classes,
             qk_norm=self.qk_norm,
+            positions=self.positions,
+            time_scale=self.time_scale,
+            prediction=self.prediction,
             sources=self.residual_type,
             label_drop=self.class_dropout_prob,
             path_drop=self.path_drop_prob,

@@ -41,7 +41,7 @@ def options(description: str | None) -> argparse.ArgumentParser:
     parser.add_argument("--interval", type=float, nargs=2, default=[0.0, 1.0], metavar=("LOW", "HIGH"))
     parser.add_argument("--solver", choices=["euler", "heun", "sde"], default="euler")
     parser.add_argument("--steps", type=int, default=50)
-    parser.add_argument("--interpolant", choices=["linear", "cosine"], default="linear")
+    parser.add_argument("--interpolant", choices=["linear", "cosine", "ddpm"], default="linear")
     parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32", help="of products (autocast)")
     parser.add_argument("--seed", type=int, default=0)
     return parser
@@ -100,7 +100,7 @@ def draw(model: Any, vae: Any, numbers: list[int], args: argparse.Namespace, dev
     y = None if config.num_classes is None else torch.tensor([i % config.num_classes for i in numbers], device=device)
     latents = sprint.sample(
         model, noise, y=y, guidance=guidance(args), solver=args.solver, steps=args.steps, interpolant=args.interpolant,
-        generator=streams,
+        prediction=config.prediction, generator=streams,
     )  # fmt: skip
     return to_uint8(latents if vae is None else vae.decode(latents / SCALE).sample).cpu()
 

@@ -48,7 +48,10 @@ class Objective:
     def __init__(self, config: Config) -> None:
         self.scale = config.latent_scale
         self.flow = sprint.FlowMatchingLoss(
-            interpolant=config.path_type, time=config.weighting, repa_weight=config.representation_weight
+            interpolant=config.path_type,
+            time=config.weighting,
+            prediction=config.prediction,
+            repa_weight=config.representation_weight,
         )
 
     def __call__(self, model: Any, moments: torch.Tensor, y: torch.Tensor, target: Any = None, *, drop: Any) -> Any:
@@ -197,7 +200,9 @@ def draw(config: Config, ema: torch.nn.Module, vae: Any, shape: tuple[int, ...],
     noise = normal((16, *shape), device=device, generator=torch.Generator().manual_seed(config.seed))
     guidance = sprint.PathDropGuidance(config.guidance_scale)
     with torch.autocast(device.type, precision(config), enabled=precision(config) is not None):
-        latents = sprint.sample(ema, noise, y=y, steps=50, interpolant=config.path_type, guidance=guidance)
+        latents = sprint.sample(
+            ema, noise, y=y, steps=50, interpolant=config.path_type, prediction=config.prediction, guidance=guidance
+        )
     return to_uint8(latents if vae is None else vae.decode(latents / config.latent_scale).sample)
 
 

@@ -209,18 +209,18 @@ class PatchEmbedder(nn.Module):
 
 
 class TimestepEmbedder(nn.Module):
-    """t in [0, 1] to a vector: sinusoids (cosines first, period 10000, t not rescaled), then an MLP."""
+    """t in [0, 1] to a vector: sinusoids of `scale t` (cosines first, period 10000; SPRINT's scale is 1), then an MLP."""
 
-    def __init__(self, dim: int, *, frequencies: int = 256) -> None:
+    def __init__(self, dim: int, *, frequencies: int = 256, scale: float = 1.0) -> None:
         super().__init__()
-        self.frequencies = frequencies
+        self.frequencies, self.scale = frequencies, scale
         self.mlp = nn.Sequential(nn.Linear(frequencies, dim), nn.SiLU(), nn.Linear(dim, dim))
 
     def forward(self, t: Tensor) -> Tensor:
         half = self.frequencies // 2
         # Made on the device, in float32 like the reference: a table copied from the host cannot be captured in a CUDA graph.
         frequency = torch.exp(-math.log(10000) * torch.arange(half, device=t.device, dtype=torch.float32) / half)
-        angle = t.to(torch.promote_types(t.dtype, torch.float32)).unsqueeze(1) * frequency
+        angle = self.scale * t.to(torch.promote_types(t.dtype, torch.float32)).unsqueeze(1) * frequency
         return self.mlp(torch.cat([angle.cos(), angle.sin()], dim=1).to(next(self.mlp.parameters()).dtype))
 
 

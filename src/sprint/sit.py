@@ -68,7 +68,7 @@ class SiT(nn.Module):
         blocks = [Block(c.dim, c.heads, mlp_ratio=c.mlp_ratio, qk_norm=c.qk_norm) for _ in range(c.depth)]
         first, last = c.encoder_depth, c.encoder_depth + c.middle_depth
         self.x_embedder = PatchEmbedder(c.patch_size, c.in_channels, c.dim)
-        self.t_embedder = TimestepEmbedder(c.dim)
+        self.t_embedder = TimestepEmbedder(c.dim, scale=c.time_scale)
         self.y_embedder: LabelEmbedder | VectorEmbedder | None = None
         if c.num_classes is not None:
             self.y_embedder = LabelEmbedder(c.num_classes, c.dim, label_drop=c.label_drop)
