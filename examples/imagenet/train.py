@@ -13,12 +13,13 @@ import dataclasses
 import importlib.util
 import json
 from collections.abc import Iterator
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import broadcast_object_list
+from accelerate.utils import InitProcessGroupKwargs, broadcast_object_list
 from config import Config, read
 from log import Log
 from torch.utils.data import DataLoader
@@ -289,7 +290,10 @@ def main() -> None:
     tracker = None if config.report_to == "none" else config.report_to
     if tracker is not None and importlib.util.find_spec(tracker) is None:
         raise SystemExit(f"report_to={tracker} is not installed: pip install {tracker}, or report_to=none")
-    accelerator = Accelerator(cpu=not torch.cuda.is_available(), log_with=tracker, project_dir=config.folder)
+    patience = InitProcessGroupKwargs(timeout=timedelta(hours=1))  # of the others, while one writes a large checkpoint
+    accelerator = Accelerator(
+        cpu=not torch.cuda.is_available(), log_with=tracker, project_dir=config.folder, kwargs_handlers=[patience]
+    )
     try:
         if tracker:
             plain = {k: v for k, v in dataclasses.asdict(config).items() if isinstance(v, int | float | str)}
