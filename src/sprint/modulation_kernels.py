@@ -14,6 +14,7 @@ Importing this module needs Triton; `sprint.fused` does so where it launches.
 
 from typing import Any
 
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -147,26 +148,27 @@ def forward(
     batch, tokens, dim = x.shape
     block = triton.next_power_of_2(dim)
     launch: Any = _forward[(batch * tokens,)]
-    launch(
-        x,
-        x if branch is None else branch,
-        shift if gate is None else gate,
-        shift,
-        scale,
-        x if r is None else r,
-        y,
-        stats,
-        tokens,
-        0 if gate is None else gate.stride(0),
-        shift.stride(0),
-        scale.stride(0),
-        eps,
-        C=dim,
-        BLOCK=block,
-        GATED=gate is not None,
-        WIDE=wide(x),
-        num_warps=max(1, min(block // 512, 8)),
-    )
+    with torch.cuda.device_of(scale):
+        launch(
+            x,
+            x if branch is None else branch,
+            shift if gate is None else gate,
+            shift,
+            scale,
+            x if r is None else r,
+            y,
+            stats,
+            tokens,
+            0 if gate is None else gate.stride(0),
+            shift.stride(0),
+            scale.stride(0),
+            eps,
+            C=dim,
+            BLOCK=block,
+            GATED=gate is not None,
+            WIDE=wide(x),
+            num_warps=max(1, min(block // 512, 8)),
+        )
 
 
 def backward(
@@ -202,24 +204,25 @@ def backward(
     batch, tokens, dim = r.shape
     block = triton.next_power_of_2(dim)
     launch: Any = _backward[(batch, sums.shape[1])]
-    launch(
-        dr,
-        dy,
-        r,
-        r if branch is None else branch,
-        scale if gate is None else gate,
-        scale,
-        stats,
-        dx,
-        dx if dbranch is None else dbranch,
-        sums,
-        tokens,
-        share,
-        0 if gate is None else gate.stride(0),
-        scale.stride(0),
-        C=dim,
-        BLOCK=block,
-        GATED=gate is not None,
-        WIDE=wide(r),
-        num_warps=max(1, min(block // 256, 8)),
-    )
+    with torch.cuda.device_of(scale):
+        launch(
+            dr,
+            dy,
+            r,
+            r if branch is None else branch,
+            scale if gate is None else gate,
+            scale,
+            stats,
+            dx,
+            dx if dbranch is None else dbranch,
+            sums,
+            tokens,
+            share,
+            0 if gate is None else gate.stride(0),
+            scale.stride(0),
+            C=dim,
+            BLOCK=block,
+            GATED=gate is not None,
+            WIDE=wide(r),
+            num_warps=max(1, min(block // 256, 8)),
+        )

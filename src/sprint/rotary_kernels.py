@@ -12,6 +12,7 @@ needs Triton; `sprint.fused` does so where it launches.
 
 from typing import Any
 
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -139,7 +140,8 @@ def forward(qkv: Tensor, q_weight: Tensor, k_weight: Tensor, rope: Tensor, *, q:
     batch, tokens, _ = qkv.shape
     launch: Any = _forward[(batch * tokens,)]
     stride = 0 if len(rope) == 1 else rope.stride(0)
-    launch(qkv, q_weight, k_weight, rope, q, k, tokens, stride, eps, **_sizes(qkv, q.shape[2]))
+    with torch.cuda.device_of(qkv):
+        launch(qkv, q_weight, k_weight, rope, q, k, tokens, stride, eps, **_sizes(qkv, q.shape[2]))
 
 
 def backward(
@@ -174,7 +176,8 @@ def backward(
     batch, tokens, _ = qkv.shape
     launch: Any = _backward[(len(sums),)]
     stride = 0 if len(rope) == 1 else rope.stride(0)
-    launch(
-        dq, dk, dv, qkv, q_weight, k_weight, rope, dqkv, sums, batch * tokens, tokens, share, stride, eps,
-        **_sizes(qkv, dq.shape[2]),
-    )  # fmt: skip
+    with torch.cuda.device_of(qkv):
+        launch(
+            dq, dk, dv, qkv, q_weight, k_weight, rope, dqkv, sums, batch * tokens, tokens, share, stride, eps,
+            **_sizes(qkv, dq.shape[2]),
+        )  # fmt: skip
