@@ -1,6 +1,6 @@
 """Compile the fused kernels for an H100 at XL/2's sizes, for which no GPU is needed; prints a line for each.
 
-A program of its own, since Triton's interpreter leaves its own language behind in a process.
+A program of its own, since Triton decides when a kernel is imported whether to interpret or to compile it.
 """
 
 import triton

@@ -5,6 +5,7 @@ import importlib
 import os
 import subprocess
 import sys
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -32,14 +33,24 @@ def reload_kernels():
 
 @pytest.fixture
 def interpreter(monkeypatch):
-    """Kernels as Python; those of Triton's own library that ours call were compiled functions if Triton is imported."""
+    """Kernels as Python; those of Triton's own library that ours call were compiled functions if Triton is imported.
+
+    The interpreter leaves its versions of the language behind, with which nothing compiles: they are put back.
+    """
     triton = pytest.importorskip("triton")
+    language = triton.language
+    places = language, language.core, language.math, language.core.tensor, language.core.dtype
+    before = [dict(vars(place)) for place in places]
     monkeypatch.setenv("TRITON_INTERPRET", "1")
     for name in ("sum", "zeros"):
-        monkeypatch.setattr(triton.language, name, triton.jit(getattr(triton.language, name).fn))
+        monkeypatch.setattr(language, name, triton.jit(getattr(language, name).fn))
     reload_kernels()
     yield
     monkeypatch.undo()
+    for place, attributes in zip(places, before, strict=True):
+        for name, value in attributes.items():
+            if vars(place)[name] is not value:
+                setattr(place, name, value)
     reload_kernels()
 
 
@@ -109,6 +120,12 @@ def test_mixed_dtypes(interpreter):
     assert_equal(run(fused.norm_and_rotate, inputs), run(fused.plain_norm_and_rotate, inputs))
 
 
+def test_statistics_are_those_of_the_rounded_residual(interpreter):
+    """Which the backward pass reads: those of the unrounded one would leave a mean behind."""
+    r, _, stats = launches.gate_and_modulate(*modulation(2, 5, 24, dtype=torch.bfloat16, gated=True))
+    torch.testing.assert_close(stats[..., 0], r.float().mean(-1), rtol=1e-5, atol=1e-6)  # float32
+
+
 def test_any_layout_of_inputs_and_gradients(interpreter):
     def turned(x):
         return x.transpose(-1, -2).contiguous().transpose(-1, -2)
@@ -131,6 +148,21 @@ def test_what_costs_no_copy(interpreter):
     assert k.transpose(1, 2).is_contiguous()
     x, shift, scale = modulation(2, 3, 8, dtype=torch.float32, gated=False)
     assert fused.modulate(x, shift, scale)[0].data_ptr() == x.data_ptr()
+
+
+def test_the_gradient_of_a_blocks_tokens_is_made_in_one_place(interpreter):
+    """In the backward pass of `modulate`, not added up from it and from the residual."""
+    tokens = torch.randn(1, 4, 16, requires_grad=True)
+    places = {}
+    for kernels in ("torch", "triton"):
+        block = Block(16, 2)
+        block.kernels = block.attn.kernels = kernels
+        nodes = [block(tokens, torch.randn(1, 16), axial_rope((2, 2), 8)).grad_fn]
+        for node in nodes:
+            nodes += [after for after, _ in node.next_functions if after is not None and after not in nodes]
+        ends = (after for node in nodes for after, _ in node.next_functions)
+        places[kernels] = sum(getattr(after, "variable", None) is tokens for after in ends)
+    assert places == {"torch": 2, "triton": 1}
 
 
 def test_gradients_equal_finite_differences(interpreter):
@@ -177,9 +209,19 @@ def gradients(model, *, autocast=False, checkpointing=False):
 
 
 @pytest.mark.parametrize("checkpointing", [False, True])
-def test_a_sparse_step_is_the_same_with_kernels(interpreter, checkpointing):
+def test_a_sparse_step_is_the_same_with_kernels(interpreter, monkeypatch, checkpointing):
+    calls = Counter()
+
+    def counted(name, operation):
+        return lambda *args: calls.update([name]) or operation(*args)
+
+    forward = ("modulate", "gate_and_modulate", "norm_and_rotate")
+    for name in [*forward, *(f"{name}_backward" for name in forward)]:
+        monkeypatch.setattr(launches, name, counted(name, getattr(launches, name)))
     loss, expected = gradients(tiny())
+    assert not calls
     fused_loss, actual = gradients(tiny().set_kernels("triton"), checkpointing=checkpointing)
+    assert calls == dict.fromkeys(forward, 8 if checkpointing else 4) | {f"{name}_backward": 4 for name in forward}
     torch.testing.assert_close(fused_loss, loss, rtol=1e-5, atol=1e-6)  # float32
     assert actual.keys() == expected.keys()
     for name, gradient in expected.items():
