@@ -211,7 +211,30 @@ SWITCHES = [
     ("mask_ratio", 0, ("mask_type",)),
     ("residual_type", "shallow", ("mask_ratio", "mask_type", "path_drop_prob")),
     ("sampling_steps", 0, ("guidance_scale", "vae")),
-    ("stages", "finetune", ("mask_ratio", "mask_type")),
+]
+
+
+class _Loader(yaml.SafeLoader):
+    """Refuses a key that is given twice, of which YAML itself takes the last."""
+
+    def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
+        keys = [self.construct_object(key, deep=True) for key, _ in node.value]
+        if twice := sorted({str(key) for key in keys if keys.count(key) > 1}):
+            raise yaml.YAMLError(f"{', '.join(twice)} given twice in one section")
+        return super().construct_mapping(node, deep)
+
+
+_PROBABILITY = (lambda value: 0 <= value <= 1), "a probability in [0, 1]"
+_COUNT = (lambda value: value >= 1), "at least 1"
+_NATURAL = (lambda value: value >= 0), "0 or more"
+RANGES = [
+    ("class_dropout_prob", *_PROBABILITY),
+    ("path_drop_prob", *_PROBABILITY),
+    ("ema_decay", lambda value: 0 <= value < 1, "in [0, 1)"),
+    ("max_grad_norm", lambda value: value > 0, "positive"),
+    *((name, *_COUNT) for name in ("checkpointing_steps", "checkpoints_total_limit", "logging_steps")),
+    ("gradient_accumulation_steps", *_COUNT),
+    *((name, *_NATURAL) for name in ("sampling_steps", "seed", "num_workers")),
 ]
 
 
@@ -224,8 +247,8 @@ def read(path: Path, changes: list[str] | None = None) -> Config:
     if not path.is_file():
         raise SystemExit(f"there is no configuration at {path}")
     try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
-    except yaml.YAMLError as error:
+        content = yaml.load(path.read_text(encoding="utf-8"), _Loader) or {}  # a SafeLoader
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise SystemExit(f"{path} is no YAML: {error}") from error
     if not isinstance(content, dict):
         raise SystemExit(f"{path} must hold options by name, got {type(content).__name__}")
@@ -248,7 +271,10 @@ def build(content: dict[str, Any], changes: list[str]) -> Config:
             raise ValueError(f"--set takes name=value, got {change!r}")
         section, _, inner = name.rpartition(".")
         place = options.setdefault("finetune", {}) if section == "finetune" else options
-        place[_known(inner, Finetune if section == "finetune" else Config)] = yaml.safe_load(value)
+        try:
+            place[_known(inner, Finetune if section == "finetune" else Config)] = yaml.safe_load(value)
+        except yaml.YAMLError as error:
+            raise ValueError(f"--set {change}: {value!r} is no YAML value") from error
     finetune = options.pop("finetune", {})
     values = {name: _fit(name, value, Config) for name, value in options.items()}
     tuned = {name: _fit(f"finetune.{name}", value, Finetune) for name, value in finetune.items()}
@@ -262,7 +288,9 @@ def _flat(content: dict[str, Any]) -> dict[str, Any]:
     found: dict[str, Any] = {}
     for key, value in content.items():
         if key == "finetune":
-            entries = {"finetune": {_known(name, Finetune): inner for name, inner in (value or {}).items()}}
+            if not isinstance(value, dict | None):
+                raise TypeError(f"finetune is a section of options, got {value!r}")
+            entries = {"finetune": {_known(str(name), Finetune): inner for name, inner in (value or {}).items()}}
         elif isinstance(value, dict):
             entries = _flat(value)
         else:
@@ -291,7 +319,7 @@ def _fit(name: str, value: Any, kind: Any) -> Any:
     wanted = typing.get_type_hints(kind)[name.rpartition(".")[2]]
     choices = typing.get_args(wanted) if isinstance(wanted, types.UnionType) else (wanted,)
     for choice in choices:
-        with contextlib.suppress(ValueError, TypeError):
+        with contextlib.suppress(ValueError, TypeError, OverflowError):
             return _converted(value, choice)
     names = [" or ".join(map(repr, typing.get_args(c))) if typing.get_origin(c) is Literal else c.__name__ for c in choices]
     raise TypeError(f"{name} must be {' or '.join(names)}, got {value!r}")
@@ -300,6 +328,8 @@ def _fit(name: str, value: Any, kind: Any) -> Any:
 def _converted(value: Any, choice: Any) -> Any:
     """A value as one type; ValueError or TypeError if it is none. YAML reads 1e-4 as text."""
     if typing.get_origin(choice) is Literal:
+        if value is False and "no" in typing.get_args(choice):
+            return "no"  # which YAML reads as False
         if value not in typing.get_args(choice):
             raise ValueError
         return value
@@ -323,16 +353,9 @@ def _check(config: Config, given: dict[str, Any]) -> None:
         named = [name for name in idle if name in given and not (name == "mask_ratio" and config.mask_ratio == 0)]
         if named:
             raise ValueError(f"{', '.join(named)} has no effect with {switch}={off!r}: leave it out, or change {switch}")
-    for name in ("class_dropout_prob", "path_drop_prob"):
-        if not 0 <= getattr(config, name) <= 1:
-            raise ValueError(f"{name} is a probability in [0, 1], got {getattr(config, name)}")
-    if not 0 <= config.ema_decay < 1:
-        raise ValueError(f"ema_decay must be in [0, 1), got {config.ema_decay}")
-    for name in ("checkpointing_steps", "checkpoints_total_limit", "logging_steps", "gradient_accumulation_steps"):
-        if getattr(config, name) < 1:
-            raise ValueError(f"{name} must be at least 1, got {getattr(config, name)}")
-    if not config.max_grad_norm > 0:
-        raise ValueError(f"max_grad_norm must be positive, got {config.max_grad_norm}")
+    for name, fits, wanted in RANGES:
+        if not fits(getattr(config, name)):
+            raise ValueError(f"{name} must be {wanted}, got {getattr(config, name)}")
     if config.representation_align and config.representation_depth < 2:
         raise ValueError(
             f"representation_depth={config.representation_depth} taps no block: it is one more than the blocks that have run"

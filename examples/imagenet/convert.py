@@ -9,9 +9,12 @@ without running code from it.
 """
 
 import argparse
+import pickle
 from pathlib import Path
 
 import torch
+from errors import plain_errors
+from weights import load
 
 import sprint
 from sprint.checkpoint import read_tensors, write_tensors
@@ -45,14 +48,17 @@ def tensors(path: Path) -> dict[str, torch.Tensor]:
         return read_tensors(path)[0]
     if not path.is_file():
         raise FileNotFoundError(f"there is no checkpoint at {path}")
-    content = torch.load(path, map_location="cpu", weights_only=True)
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True)
+    except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
+        raise ValueError(f"{path} is no checkpoint that torch reads without running its code ({error})") from error
     return next((content[key] for key in ("ema", "model", "state_dict") if key in content), content)
 
 
 def main() -> None:
     args = parse()
     if args.source == "ours":
-        model = sprint.SiT.load(args.input)
+        model = load(args.input)
     elif args.source == "reference":
         model = sprint.SiT.from_reference(args.input)
     else:
@@ -71,4 +77,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    with plain_errors():
+        main()

@@ -5,18 +5,21 @@
     python examples/imagenet/prepare.py ... --teacher vit_base_patch14_dinov2.lvd142m    # with REPA's features, cached
 
 Work is cut into parts of `--shard` images, written whole or not at all: run the same command again after an interruption,
-and it goes on. Files that cannot be read are listed in corrupt.txt, with the reason, and left out.
+and it goes on. Files that cannot be read are listed in corrupt.txt, with the reason, and left out; files that are no
+images, or in no class folder, in ignored.txt.
 """
 
 import argparse
 import hashlib
 import io
 import json
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate import PartialState
+from errors import plain_errors
 from PIL import Image
 from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
@@ -56,9 +59,14 @@ def parse() -> argparse.Namespace:
 
 def plan(args: argparse.Namespace, images: list[tuple[Path, int]]) -> dict[str, Any]:
     """What decides the content of the parts; a folder of another plan is refused."""
-    names = hashlib.sha256("\n".join(f"{path} {label}" for path, label in images).encode()).hexdigest()
+    names = hashlib.sha256("\n".join(f"{printable(path)} {label}" for path, label in images).encode()).hexdigest()
     options = {name: getattr(args, name) for name in ("size", "vae", "layout", "dtype", "shard", "teacher", "patch")}
     return {"images": len(images), "names": names, **options}
+
+
+def printable(path: Path) -> str:
+    """A file's name as UTF-8 text, whatever its bytes are."""
+    return str(path).encode("utf-8", "backslashreplace").decode("utf-8")
 
 
 def agree(out: Path, wanted: dict[str, Any]) -> None:
@@ -89,7 +97,7 @@ def prepare_part(
     moments, features, kept, corrupt, at = [], [], [], [], 0
     for pixels, labels, problems in loader:
         good = [i for i, problem in enumerate(problems) if not problem]
-        corrupt += [[str(mine[at + i][0]), problem] for i, problem in enumerate(problems) if problem]
+        corrupt += [[printable(mine[at + i][0]), problem] for i, problem in enumerate(problems) if problem]
         if good:
             encoded = encode(vae, pixels[good], device).cpu()
             if args.layout == "repa":
@@ -131,20 +139,23 @@ def finish(args: argparse.Namespace, parts: int, classes: list[str]) -> None:
         write_index(args.out, numbers, about=about)
     write_text(args.out / "corrupt.txt", "".join(f"{path}\t{problem}\n" for path, problem in corrupt))
     count = sum(len(part["labels"]) for part in records)
-    print(f"{count} images of {len(classes)} classes prepared in {args.out}, {len(corrupt)} corrupt (corrupt.txt)")
+    ignored = len((args.out / "ignored.txt").read_text(encoding="utf-8").splitlines())
+    print(
+        f"{count} images of {len(classes)} classes prepared in {args.out}, {len(corrupt)} corrupt (corrupt.txt), "
+        f"{ignored} other files (ignored.txt)"
+    )
 
 
 def main() -> None:
     args = parse()
-    state = PartialState(cpu=not torch.cuda.is_available())  # else accelerate takes several CPU processes for one each
-    images, classes = find_images(args.images)
+    patience = timedelta(hours=6)  # processes with few images wait for those with many
+    state = PartialState(
+        cpu=not torch.cuda.is_available(), timeout=patience
+    )  # else accelerate takes several CPU processes for one each
+    images, classes, ignored = find_images(args.images)
     parts = -(-len(images) // args.shard)
     if parts < state.num_processes:
         raise SystemExit(f"{parts} parts for {state.num_processes} processes: choose a smaller --shard, or fewer processes")
-    if state.is_main_process:
-        agree(args.out, plan(args, images))
-        (args.out / "parts").mkdir(exist_ok=True)
-    state.wait_for_everyone()
     from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
 
     vae: Any = AutoencoderKL.from_pretrained(args.vae)
@@ -155,6 +166,11 @@ def main() -> None:
     if args.teacher:
         side = args.size // factor // args.patch
         teacher = Teacher(args.teacher, (side, side), weights=args.teacher_weights).to(state.device)
+    if state.is_main_process:  # only now: a mistake in the options must not bind the folder
+        agree(args.out, plan(args, images))
+        (args.out / "parts").mkdir(exist_ok=True)
+        write_text(args.out / "ignored.txt", "".join(f"{printable(path)}\n" for path in ignored))
+    state.wait_for_everyone()
     mine = [n for n in range(parts) if n % state.num_processes == state.process_index and not record(args.out, n).exists()]
     for number in tqdm(mine, desc="parts", disable=not state.is_main_process):
         prepare_part(number, args, images, vae=vae, teacher=teacher, device=state.device)
@@ -164,4 +180,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    with plain_errors():
+        main()

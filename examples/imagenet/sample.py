@@ -10,15 +10,20 @@ interruption, and it goes on.
 import argparse
 import io
 import json
+import math
+import os
+import zipfile
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from accelerate import PartialState
+from errors import plain_errors
 from PIL import Image
 from tqdm.auto import tqdm
-from weights import load
+from weights import fingerprint, load
 
 import sprint
 from sprint.checkpoint import write_bytes, write_text
@@ -37,6 +42,7 @@ def options(description: str | None) -> argparse.ArgumentParser:
     parser.add_argument("--count", type=int, default=50_000)
     parser.add_argument("--side", type=int, default=32, help="of the latents: 32 for 256 px, 64 for 512 px")
     parser.add_argument("--vae", default="stabilityai/sd-vae-ft-mse", help="hub name or local folder; none for pixel models")
+    parser.add_argument("--latent-scale", type=float, default=SCALE, help="that the model was trained with")
     parser.add_argument("--batch", type=int, default=64)
     parser.add_argument("--interval", type=float, nargs=2, default=[0.0, 1.0], metavar=("LOW", "HIGH"))
     parser.add_argument("--solver", choices=["euler", "heun", "sde"], default="euler")
@@ -54,6 +60,8 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--scale", type=float, default=3.0, help="the best one differs from model to model: see sweep.py")
     args = parser.parse_args()
     check(args, parser)
+    if not math.isfinite(args.scale):
+        parser.error(f"--scale must be a number, got {args.scale}")
     return args
 
 
@@ -61,6 +69,13 @@ def check(args: argparse.Namespace, parser: argparse.ArgumentParser) -> None:
     """Numbers that cannot be."""
     if min(args.count, args.batch, args.steps, args.side) < 1:
         parser.error("--count, --batch, --steps and --side must be at least 1")
+    if args.seed < 0:
+        parser.error(f"--seed must not be negative, got {args.seed}")
+    if args.solver == "sde" and args.steps < 2:
+        parser.error("--solver sde needs at least 2 --steps")
+    low, high = args.interval
+    if not 0 <= low <= high <= 1:
+        parser.error(f"--interval must be 0 <= LOW <= HIGH <= 1, got {low} {high}")
 
 
 def guidance(args: argparse.Namespace) -> Any:
@@ -77,6 +92,7 @@ def agree(args: argparse.Namespace) -> None:
     """Take up an earlier run's folder only if it was for the same images; their number may grow."""
     ignored = ("out", "count", "batch")
     wanted = {name: str(value) for name, value in vars(args).items() if name not in ignored}
+    wanted["weights"] = fingerprint(args.checkpoint)
     file = args.out / "sampling.json"
     if not file.exists():
         args.out.mkdir(parents=True, exist_ok=True)
@@ -91,10 +107,15 @@ def name(args: argparse.Namespace, index: int) -> Path:
     return args.out / f"{index:06d}.png"
 
 
+def image_seed(seed: int, index: int) -> int:
+    """Of one image; images, and seeds, differ in the 32 bits that torch's generators on the CPU take of it."""
+    return (seed * 0x9E3779B1 + index) % 2**32
+
+
 @torch.no_grad()
 def draw(model: Any, vae: Any, numbers: list[int], args: argparse.Namespace, device: Any) -> torch.Tensor:
     """Images by number, (B, 3, H, W) uint8; classes in turn, so that any thousand images has all of them."""
-    streams = [torch.Generator().manual_seed(args.seed * 2**32 + i) for i in numbers]
+    streams = [torch.Generator().manual_seed(image_seed(args.seed, i)) for i in numbers]
     config = model.module.config
     noise = normal((len(numbers), config.in_channels, args.side, args.side), device=device, generator=streams)
     y = None if config.num_classes is None else torch.tensor([i % config.num_classes for i in numbers], device=device)
@@ -102,7 +123,8 @@ def draw(model: Any, vae: Any, numbers: list[int], args: argparse.Namespace, dev
         model, noise, y=y, guidance=guidance(args), solver=args.solver, steps=args.steps, interpolant=args.interpolant,
         prediction=config.prediction, generator=streams,
     )  # fmt: skip
-    return to_uint8(latents if vae is None else vae.decode(latents / SCALE).sample).cpu()
+    pixels = to_uint8(latents if vae is None else vae.decode(latents / args.latent_scale).sample)
+    return pixels.expand(-1, 3, -1, -1).cpu()  # grey ones too
 
 
 def packed(args: argparse.Namespace) -> Path:
@@ -111,17 +133,26 @@ def packed(args: argparse.Namespace) -> Path:
 
 
 def pack(args: argparse.Namespace) -> Path:
-    """All images in one file, as ADM's evaluator reads them: arr_0, (N, H, W, 3) uint8."""
-    images = np.stack([np.array(Image.open(name(args, i))) for i in tqdm(range(args.count), desc="packing")])
-    file = io.BytesIO()
-    np.savez(file, arr_0=images)
-    write_bytes(packed(args), file.getvalue())
+    """All images in one file, as ADM's evaluator reads them: arr_0, (N, H, W, 3) uint8; by way of the disk."""
+    array = args.out.parent / f".{args.out.name}.npy.tmp"
+    first = np.array(Image.open(name(args, 0)))
+    images = np.lib.format.open_memmap(array, mode="w+", dtype=np.uint8, shape=(args.count, *first.shape))
+    for i in tqdm(range(args.count), desc="packing"):
+        images[i] = np.array(Image.open(name(args, i)))
+    images.flush()
+    whole = array.with_suffix(".npz")
+    with zipfile.ZipFile(whole, "w", zipfile.ZIP_STORED, allowZip64=True) as file:
+        file.write(array, "arr_0.npy")
+    array.unlink()
+    os.replace(whole, packed(args))
     return packed(args)
 
 
 def build(args: argparse.Namespace, device: torch.device) -> tuple[sprint.CapturedModel, Any]:
     """The model, and the VAE unless its images are pixels."""
     sit = load(args.checkpoint, device).eval()
+    if args.side % sit.config.patch_size:
+        raise SystemExit(f"--side {args.side} does not split into patches of {sit.config.patch_size}")
     if args.vae == "none":
         if sit.config.in_channels not in (1, 3):
             raise SystemExit(
@@ -133,6 +164,10 @@ def build(args: argparse.Namespace, device: torch.device) -> tuple[sprint.Captur
 
         vae = AutoencoderKL.from_pretrained(args.vae)
         vae = vae.to(device).eval()
+        if vae.config.latent_channels != sit.config.in_channels:
+            raise SystemExit(
+                f"--vae {args.vae} has {vae.config.latent_channels} channels, the model {sit.config.in_channels}"
+            )
     return sprint.CapturedModel(sit, autocast=torch.bfloat16 if args.dtype == "bfloat16" else None), vae
 
 
@@ -157,7 +192,7 @@ def generate(args: argparse.Namespace, model: Any, vae: Any, state: PartialState
 
 def main() -> None:
     args = parse()
-    state = PartialState(cpu=not torch.cuda.is_available())
+    state = PartialState(cpu=not torch.cuda.is_available(), timeout=timedelta(hours=6))  # one packs what all drew
     model, vae = build(args, state.device or torch.device("cpu"))
     path = generate(args, model, vae, state)
     if state.is_main_process:
@@ -165,4 +200,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    with plain_errors():
+        main()

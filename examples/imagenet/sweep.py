@@ -1,7 +1,7 @@
 """FID and FDD over the guidance scale, for CFG and Path-Drop Guidance: a table, a CSV file and a plot.
 
     accelerate launch examples/imagenet/sweep.py --checkpoint runs/sprint/model.safetensors --out sweep --count 10000 \\
-        --reference imagenet/val256 --guidance cfg pdg --scales 1 1.25 1.5 2 3 4
+        --reference imagenet/train --crop 256 --guidance cfg pdg --scales 1 1.25 1.5 2 3 4
 
 The best scale differs from model to model, and between CFG and PDG: never report one without the curve. Options of sampling
 are those of sample.py. Run again after an interruption, it goes on.
@@ -11,6 +11,8 @@ import argparse
 import csv
 import io
 import json
+import math
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +20,9 @@ import evaluate
 import sample
 import torch
 from accelerate import PartialState
+from errors import plain_errors
 from matplotlib.figure import Figure
+from weights import fingerprint
 
 from sprint.checkpoint import write_bytes, write_text
 
@@ -29,6 +33,7 @@ def parse() -> argparse.Namespace:
     """The command line."""
     parser = sample.options(__doc__)
     parser.add_argument("--reference", type=Path, required=True, help="folder of images, .npz of images, or of mu and sigma")
+    parser.add_argument("--crop", type=int, help="crop reference images to this size, as prepare.py does")
     parser.add_argument("--guidance", nargs="+", choices=sample.GUIDANCE[1:], default=["cfg", "pdg"])
     parser.add_argument("--scales", nargs="+", type=float, default=[1.0, 1.25, 1.5, 2.0, 3.0, 4.0])
     parser.add_argument("--metrics", nargs="+", choices=["fid", "fdd"], default=["fid", "fdd"])
@@ -36,8 +41,9 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--dino", default=evaluate.DINO, help="its extractor for FDD")
     args = parser.parse_args()
     sample.check(args, parser)
-    if evaluate.statistics(args.reference) is not None and args.metrics != ["fid"]:
-        parser.error(f"{args.reference} holds statistics for FID alone: give images, or --metrics fid")
+    args.scales = list(dict.fromkeys(args.scales))
+    if not all(math.isfinite(scale) for scale in args.scales):
+        parser.error(f"--scales must be numbers, got {args.scales}")
     return args
 
 
@@ -52,8 +58,8 @@ class Reference:
     """What samples are compared with; its features are computed once."""
 
     def __init__(self, args: argparse.Namespace) -> None:
-        self.saved = evaluate.statistics(args.reference)
-        self.images = evaluate.Images(args.reference) if self.saved is None else None
+        self.saved = evaluate.statistics(args.reference, args.metrics)
+        self.images = evaluate.Images(args.reference, args.crop).check() if self.saved is None else None
         self.options, self.known = evaluate.settings(args.batch), dict[str, Any]()
 
     def distance(self, samples: Path, extractor: str) -> float:
@@ -95,7 +101,7 @@ def write(out: Path, rows: list[dict[str, Any]], metrics: list[str]) -> None:
 
 def main() -> None:
     args = parse()
-    state = PartialState(cpu=not torch.cuda.is_available())
+    state = PartialState(cpu=not torch.cuda.is_available(), timeout=timedelta(days=2))  # the others wait for the numbers
     args.out.mkdir(parents=True, exist_ok=True)
     reference = Reference(args) if state.is_main_process else None
     model, vae = sample.build(args, state.device or torch.device("cpu"))
@@ -106,9 +112,10 @@ def main() -> None:
             packed = sample.generate(point, model, vae, state)
             if reference is None:
                 continue
-            file = packed.with_suffix(".json")
+            file = args.out / f"{point.out.name}.point.json"
             known = json.loads(file.read_text()) if file.exists() else {}
-            said = {"samples": args.count, "reference": str(args.reference)}
+            about = {name: str(getattr(args, name)) for name in ("reference", "crop", "inception", "dino")}
+            said = {"samples": args.count, "weights": fingerprint(args.checkpoint), **about}
             if not said.items() <= known.items():
                 known = {"guidance": guidance, "scale": scale, **said}
             for metric, extractor in (("fid", args.inception), ("fdd", args.dino)):
@@ -123,4 +130,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    with plain_errors():
+        main()

@@ -8,10 +8,9 @@ on the seed, the step and the process alone. The options are in config.py, the w
 """
 
 import argparse
-import copy
 import dataclasses
 import importlib.util
-import json
+import math
 from collections.abc import Iterator
 from datetime import timedelta
 from pathlib import Path
@@ -19,28 +18,19 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import InitProcessGroupKwargs, broadcast_object_list
+from accelerate.utils import InitProcessGroupKwargs
 from config import Config, read
+from errors import plain_errors
 from log import Log
+from run import Run, build, precision
 from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
-from weights import from_state, load
 
 import sprint
-from sprint.checkpoint import load_weights
 from sprint.images import save_grid, to_uint8
 from sprint.order import Batches, DataOrder, seed_of
-from sprint.parallel import distribute, full_state, load_full_state
 from sprint.random import normal
 from sprint.teacher import Teacher
-
-# Options that may change when a run goes on; another value of any other one makes it another run.
-FREE = {
-    "learning_rate", "warmup_steps", "lr_schedule", "max_train_steps", "max_grad_norm", "ema_decay", "finetune",
-    "gradient_accumulation_steps", "activation_checkpointing", "parallel", "allow_tf32", "data_dir", "num_workers",
-    "init_from", "output_dir", "exp_name", "checkpointing_steps", "checkpoints_total_limit", "logging_steps", "report_to",
-    "sampling_steps", "guidance_scale", "vae", "representation_weights",
-}  # fmt: skip
 
 
 class Objective:
@@ -60,66 +50,6 @@ class Objective:
         return self.flow(model, latents, y=y, drop=drop, repa_target=target)
 
 
-@dataclasses.dataclass
-class Run:
-    """What is trained, and what its checkpoints hold."""
-
-    config: Config
-    sit: sprint.SiTConfig
-    model: torch.nn.Module
-    ema: torch.nn.Module
-    optimizer: torch.optim.Optimizer
-    samples: int
-    grid: tuple[int, int]
-    folder: sprint.RunFolder
-
-    def save(self, step: int, window: dict[str, Any], accelerator: Accelerator) -> None:
-        """Write everything on the main process, whole or not at all."""
-        state = full_state(self.model, self.optimizer)
-        state["ema"] = full_state(self.ema)["model"]
-        if accelerator.is_main_process:
-            texts = {name: json.dumps(dataclasses.asdict(value)) for name, value in self._settings().items()}
-            try:
-                self.folder.save(step, {**state, **texts, "samples": self.samples, "window": window})
-                if step == self.config.schedule().steps:
-                    from_state({**texts, **state}, "this run").save(self.config.folder / "model.safetensors")
-            except OSError as error:
-                raise SystemExit(
-                    f"step {step} could not be saved ({error}): make room; older checkpoints are whole"
-                ) from error
-        accelerator.wait_for_everyone()
-
-    def resume(self, log: Log, accelerator: Accelerator) -> int:
-        """Take up the newest whole checkpoint; returns the step to go on from, 0 without a checkpoint."""
-        state: dict[str, Any] = {}
-        told: list[Any] = [None]
-        if accelerator.is_main_process and (newest := self.folder.newest()) is not None:
-            step, state = newest
-            if not {"options", "sit", "samples", "window"} <= state.keys():
-                raise SystemExit(f"{self.folder.path(step)} is no checkpoint of this script: use another exp_name")
-            told[0] = (step, state["options"], state["samples"], state["window"])
-        told = broadcast_object_list(told)
-        if told[0] is None:
-            log.go_back(0, {"sums": {}, "counts": {}})
-            return 0
-        step, options, samples, window = told[0]
-        theirs, ours = json.loads(options), json.loads(json.dumps(dataclasses.asdict(self.config)))
-        differ = [f"{k}={theirs.get(k)!r}, now {v!r}" for k, v in ours.items() if k not in FREE and theirs.get(k) != v]
-        if samples != self.samples:
-            differ.append(f"{samples} images, now {self.samples}")
-        if differ:
-            raise SystemExit(
-                f"{self.config.folder} is a run with {'; '.join(differ)}: use another exp_name, or the same options"
-            )
-        load_full_state(state, self.model, self.optimizer)
-        load_full_state({"model": state.get("ema", {})}, self.ema)
-        log.go_back(step, window)
-        return step
-
-    def _settings(self) -> dict[str, Any]:
-        return {"options": self.config, "sit": self.sit}
-
-
 def open_data(config: Config) -> sprint.LatentDataset:
     """The prepared latents, if they are those that the configuration is about."""
     data = sprint.LatentDataset(config.data_dir, aligned=config.representation_align)
@@ -134,6 +64,11 @@ def open_data(config: Config) -> sprint.LatentDataset:
         raise ValueError(f"latents {side} wide do not split into patches of {config.patch_size}: change patch_size")
     if config.representation_align and data.teacher not in (None, config.teacher):
         raise ValueError(f"{config.data_dir} holds features of {data.teacher}, but representation_encoder={config.teacher}")
+    if config.representation_align and data.teacher and len(data[0][2]) != math.prod(token_grid(config, data)):
+        raise ValueError(
+            f"{config.data_dir} has {len(data[0][2])} features per image for {math.prod(token_grid(config, data))} tokens: "
+            f"prepare it with --patch {config.patch_size}"
+        )
     if drop := config.drop():
         drop.sample(1, token_grid(config, data))  # raises where the grid has no such ratio
     return data
@@ -158,40 +93,14 @@ def build_vae(config: Config, channels: int, device: torch.device) -> Any:
     from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
 
     vae: Any = AutoencoderKL.from_pretrained(config.vae)
+    if vae.config.latent_channels != channels:
+        raise ValueError(f"vae={config.vae} has {vae.config.latent_channels} channels, the latents {channels}: name theirs")
     return vae.to(device).eval()
-
-
-def build(config: Config, data: sprint.LatentDataset, repa_dim: int | None, device: torch.device) -> Run:
-    """Model, average and optimizer, over all processes."""
-    sit, dtype = config.sit(channels=data.shape[0] // 2, repa_dim=repa_dim), precision(config)
-    torch.manual_seed(seed_of(config.seed))
-    model = sprint.SiT(sit)
-    if config.init_from is not None:
-        load_weights(model, load(Path(config.init_from)).state_dict(), source=config.init_from)
-    model = model.to(device).train().set_checkpointing(config.activation_checkpointing)
-    ema = copy.deepcopy(model).eval().requires_grad_(False)
-    trained = distribute(model, config.parallel, dtype=dtype)
-    if config.parallel == "fsdp":
-        ema = distribute(ema, "fsdp", dtype=dtype)
-    parameters = [parameter for parameter in trained.parameters() if parameter.requires_grad]
-    whole = parameters[0].is_cuda and not hasattr(parameters[0], "placements")
-    adamw: Any = sprint.AdamW if whole else torch.optim.AdamW  # sprint's is one kernel per whole parameter
-    optimizer = adamw(
-        parameters, lr=config.learning_rate, betas=(config.adam_beta1, config.adam_beta2), eps=config.adam_epsilon,
-        weight_decay=config.adam_weight_decay,
-    )  # fmt: skip
-    folder = sprint.RunFolder(config.folder, keep=config.checkpoints_total_limit)
-    return Run(config, sit, trained, ema, optimizer, len(data), token_grid(config, data), folder)
 
 
 def token_grid(config: Config, data: sprint.LatentDataset) -> tuple[int, int]:
     """(rows, columns) of the tokens."""
     return data.shape[-2] // config.patch_size, data.shape[-1] // config.patch_size
-
-
-def precision(config: Config) -> torch.dtype | None:
-    """Of the products."""
-    return torch.bfloat16 if config.mixed_precision == "bf16" else None
 
 
 @torch.no_grad()
@@ -217,12 +126,12 @@ def batches(loader: Any, config: Config, teacher: Teacher | None, device: torch.
         yield tensors
 
 
-def introduce(run: Run, begin: int, plan: Batches) -> None:
+def introduce(run: Run, begin: int, plan: Batches, grid: tuple[int, int]) -> None:
     """Say what is trained and, before the sparse stage, what it will save."""
     size = sum(parameter.numel() for parameter in run.model.parameters()) / 1e6
-    print(f"{size:.1f} M parameters, {run.samples} images, {plan.share[1]} processes, from step {begin} on")
+    print(f"{size:.1f} M parameters, {plan.order.count} images, {plan.share[1]} processes, from step {begin} on")
     if (drop := run.config.schedule().pretrain.drop) is not None and begin < plan.end:
-        print(sprint.cost(sprint.SiT(run.sit), grid=run.grid, drop=drop, batch=plan.each(begin)))
+        print(sprint.cost(sprint.SiT(run.sit), grid=grid, drop=drop, batch=plan.each(begin)))
 
 
 def train(config: Config, accelerator: Accelerator) -> None:
@@ -243,7 +152,7 @@ def train(config: Config, accelerator: Accelerator) -> None:
     run, log = build(config, data, repa_dim, device), Log(config.folder, accelerator)
     begin = last = run.resume(log, accelerator)
     if main:
-        introduce(run, begin, plans[0])
+        introduce(run, begin, plans[0], token_grid(config, data))
     bar = tqdm(initial=begin, total=schedule.steps, disable=not main, unit="step")
     for plan in plans:
         if begin >= plan.end:
@@ -277,14 +186,15 @@ def train(config: Config, accelerator: Accelerator) -> None:
                 if main:
                     (config.folder / "samples").mkdir(exist_ok=True)
                     save_grid(images, config.folder / "samples" / f"{done:08d}.png")
-    if main:
-        print(f"{config.folder / 'model.safetensors'}: the averaged model, for sample.py")
+    run.export(accelerator)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--config", type=Path, required=True, help="YAML file; the options are in config.py")
-    parser.add_argument("--set", nargs="+", default=[], metavar="NAME=VALUE", help="options that differ from the file")
+    parser.add_argument(
+        "--set", nargs="+", action="extend", default=[], metavar="NAME=VALUE", help="options that differ from the file"
+    )
     args = parser.parse_args()
     config = read(args.config, args.set)
     tracker = None if config.report_to == "none" else config.report_to
@@ -295,12 +205,11 @@ def main() -> None:
         cpu=not torch.cuda.is_available(), log_with=tracker, project_dir=config.folder, kwargs_handlers=[patience]
     )
     try:
-        if tracker:
-            plain = {k: v for k, v in dataclasses.asdict(config).items() if isinstance(v, int | float | str)}
-            accelerator.init_trackers("sprint", plain)
-        train(config, accelerator)
-    except (ValueError, TypeError, FileNotFoundError) as error:
-        raise SystemExit(f"{args.config}: {error}") from error
+        with plain_errors(str(args.config)):
+            if tracker:
+                plain = {k: v for k, v in dataclasses.asdict(config).items() if isinstance(v, int | float | str)}
+                accelerator.init_trackers("sprint", plain)
+            train(config, accelerator)
     finally:
         accelerator.end_training()
 

@@ -1,5 +1,6 @@
 """Weights for the scripts here, whoever wrote them: `SiT.save`, a run's checkpoint (its average), or the SPRINT authors."""
 
+import hashlib
 import json
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,17 @@ def load(path: Path, device: Any = None) -> sprint.SiT:
     if "sprint.config" in metadata:
         return sprint.SiT.load(path, device=device)
     return sprint.SiT.from_reference(path, device=device)
+
+
+def fingerprint(path: Path) -> str:
+    """Tells a checkpoint from another of the same name: a hash of parts of it."""
+    found, size, part = hashlib.sha256(), path.stat().st_size, 2**16
+    found.update(str(size).encode())
+    with path.open("rb") as file:
+        for place in range(64):
+            file.seek(max(0, size - part) * place // 63)
+            found.update(file.read(part))
+    return found.hexdigest()[:16]
 
 
 def from_state(state: dict[str, Any], source: str) -> sprint.SiT:

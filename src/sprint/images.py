@@ -1,9 +1,10 @@
 """Images on disk: a folder in ImageNet's layout, read, cropped as ADM does, and scaled to [-1, 1]. Needs Pillow."""
 
 import math
+import os
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 import torch
@@ -15,17 +16,28 @@ from sprint.checkpoint import PathLike
 if TYPE_CHECKING:
     from PIL import Image
 
-SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp")
+SUFFIXES = (".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff")
 
 
-def find_images(folder: PathLike) -> tuple[list[tuple[Path, int]], list[str]]:
+class Found(NamedTuple):
+    """What `find_images` found; paths are relative to the folder."""
+
+    images: list[tuple[Path, int]]
+    """Path and class id."""
+    classes: list[str]
+    """Names, by id."""
+    ignored: list[Path]
+    """Files that are taken for no images: of other kinds, in no class folder, or hidden."""
+
+
+def find_images(folder: PathLike) -> Found:
     """All images of a folder with one subfolder per class (ImageNet's layout), in a fixed order.
 
     Args:
-        folder: classes are its subfolders, numbered in alphabetical order.
+        folder: classes are its subfolders, numbered in alphabetical order; hidden ones are none. Links are followed.
 
     Returns:
-        (path, class id) of each image, paths relative to the folder; and the names of the classes.
+        Images, classes, and the files that were left out.
 
     Raises:
         FileNotFoundError: no such folder, no class folders, or no images in them.
@@ -33,18 +45,37 @@ def find_images(folder: PathLike) -> tuple[list[tuple[Path, int]], list[str]]:
     root = Path(folder)
     if not root.is_dir():
         raise FileNotFoundError(f"there is no folder {root}")
-    classes = sorted(path.name for path in root.iterdir() if path.is_dir())
-    found = [
-        (path.relative_to(root), label)
-        for label, name in enumerate(classes)
-        for path in sorted((root / name).rglob("*"))
-        if path.suffix.lower() in SUFFIXES
-    ]
+    classes = sorted(path.name for path in root.iterdir() if path.is_dir() and not path.name.startswith("."))
+    label = {name: number for number, name in enumerate(classes)}
+    found: list[tuple[Path, int]] = []
+    ignored: list[Path] = []
+    walked: set[str] = set()  # a link may lead back
+    for folder_path, folders, names in os.walk(root, followlinks=True):
+        walked.add(os.path.realpath(folder_path))
+        folders[:] = [name for name in folders if os.path.realpath(Path(folder_path, name)) not in walked]
+        for name in names:
+            path = Path(folder_path, name).relative_to(root)
+            parts = path.as_posix().split("/")
+            wanted = len(parts) > 1 and parts[0] in label and path.suffix.lower() in SUFFIXES
+            if wanted and not any(part.startswith(".") for part in parts):
+                found.append((path, label[parts[0]]))
+            else:
+                ignored.append(path)
+    found.sort(key=lambda image: (image[1], image[0]))
     if not found:
         raise FileNotFoundError(
             f"{root} holds no images in class folders, expected {root}/CLASS/NAME with one of {', '.join(SUFFIXES)}"
         )
-    return found, classes
+    return Found(found, classes, sorted(ignored))
+
+
+def as_rgb(image: "Image.Image") -> "Image.Image":
+    """In 8-bit RGB; 16-bit grey is scaled, which Pillow's own conversion clips to white."""
+    from PIL import Image
+
+    if image.mode.startswith("I"):
+        return Image.fromarray((np.asarray(image).astype(np.int64) // 257).clip(0, 255).astype(np.uint8)).convert("RGB")
+    return image.convert("RGB")
 
 
 def center_crop(image: "Image.Image", size: int) -> "Image.Image":
@@ -84,7 +115,7 @@ class ImageFolder(Dataset[tuple[Tensor, int, str]]):
         path, label = self.images[index]
         try:
             with Image.open(self.folder / path) as file:
-                image = center_crop(file.convert("RGB"), self.size)
+                image = center_crop(as_rgb(file), self.size)
         except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
             return torch.zeros(3, self.size, self.size, dtype=torch.uint8), label, f"{type(error).__name__}: {error}"
         return torch.from_numpy(np.array(image)).permute(2, 0, 1).contiguous(), label, ""
@@ -101,8 +132,10 @@ def to_uint8(images: Tensor) -> Tensor:
 
 
 def save_grid(images: Tensor, path: PathLike, *, columns: int | None = None) -> None:
-    """Write (B, 3, H, W) uint8 images as one PNG, row by row."""
+    """Write (B, 3, H, W) uint8 images, or grey (B, 1, H, W) ones, as one PNG, row by row."""
     from PIL import Image
+
+    images = images.expand(-1, 3, -1, -1)
 
     columns = columns or math.ceil(math.sqrt(len(images)))
     rows = math.ceil(len(images) / columns)

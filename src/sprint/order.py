@@ -13,13 +13,14 @@ from sprint.schedule import TwoStage
 
 
 def seed_of(*keys: int) -> int:
-    """One seed of several numbers (seed of the run, step, process), all its bits mixed.
+    """One seed of several numbers (seed of the run, step, process), none negative, all its bits mixed.
 
     Examples:
-        >>> seed_of(0, 1) == seed_of(0, 1), seed_of(0, 1) == seed_of(1, 0)
-        (True, False)
+        >>> seed_of(0, 1) == seed_of(0, 1), seed_of(0, 1) == seed_of(1, 0), seed_of(1) == seed_of(1, 0)
+        (True, False, False)
     """
-    return int(np.random.SeedSequence(keys).generate_state(1, np.uint64)[0] >> 1)
+    keyed = np.random.SeedSequence([len(keys), *keys])  # the length, or trailing zeros would not count
+    return int(keyed.generate_state(1, np.uint64)[0] >> 1)
 
 
 class DataOrder:

@@ -44,12 +44,15 @@ def distribute(model: nn.Module, mode: Mode = "ddp", *, dtype: torch.dtype | Non
         return DistributedDataParallel(model)
     device = next(model.parameters()).device
     mesh = dist.device_mesh.init_device_mesh(device.type, (dist.get_world_size(),))
-    policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32 if dtype else None)
+    # Inputs are left to autocast: a time rounded to bfloat16 is another time.
+    reduce = torch.float32 if dtype else None
+    policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=reduce, cast_forward_inputs=False)
     for block in blocks_of(model):
         if isinstance(block, FinalLayer):
             continue  # small, and its output may be a view, of which FSDP2 warns: it stays with the rest of the model
         fully_shard(block, mesh=mesh, mp_policy=policy)
-    fully_shard(model, mesh=mesh, mp_policy=policy)
+    # The root, too, is sharded again after each forward pass: parameters are always seen as what they are between the steps.
+    fully_shard(model, mesh=mesh, mp_policy=policy, reshard_after_forward=True)
     return model
 
 

@@ -34,6 +34,24 @@ class RunFolder:
         self.folder, self.keep = Path(folder) / "checkpoints", keep
         self.folder.mkdir(parents=True, exist_ok=True)
 
+    def lock(self) -> None:
+        """Claim the folder for this process until it ends, however it ends.
+
+        Raises:
+            ValueError: another process has it.
+        """
+        try:
+            import fcntl
+        except ImportError:  # Windows
+            return
+        self._lock = (self.folder.parent / ".lock").open("w")
+        try:
+            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise ValueError(
+                f"another process is training in {self.folder.parent}: wait for it, stop it, or use another folder"
+            ) from error
+
     def path(self, step: int) -> Path:
         """Where the state of a step is."""
         return self.folder / f"{step:08d}.safetensors"

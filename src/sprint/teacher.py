@@ -56,8 +56,16 @@ class Teacher(nn.Module):
             raise ValueError(f"{name} has no patches of one size: choose a vision transformer (timm.list_models('vit_*'))")
         self.size = (grid[0] * patch[0], grid[1] * patch[1])
         self.grid = grid
-        options: dict[str, Any] = {"checkpoint_path": str(weights)} if weights else {"pretrained": pretrained}
-        self.network: Any = timm.create_model(name, num_classes=0, img_size=self.size, **options).eval()
+        # As pretrained weights, a file goes through timm's own conversion, which resizes the positions to this grid.
+        options: dict[str, Any] = {"pretrained": pretrained or weights is not None}
+        if weights is not None:
+            options["pretrained_cfg_overlay"] = {"file": str(weights)}
+        try:
+            self.network: Any = timm.create_model(name, num_classes=0, img_size=self.size, **options).eval()
+        except Exception as error:  # of timm, of unpickling, of a state dictionary that does not fit
+            if weights is None:
+                raise
+            raise ValueError(f"{weights} holds no weights of {name} ({type(error).__name__}: {error})") from error
         self.network.requires_grad_(False)
         self.dim: int = self.network.num_features
         """Width of the features, the model's `repa_dim`."""

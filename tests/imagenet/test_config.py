@@ -30,6 +30,8 @@ def test_shipped_files_load_and_describe_the_papers_models(path):
     assert both.finetune.lr == (2e-4 if "256" in path.stem else 1.5e-4)
     assert both.finetune.warmup == 5000
     assert both.finetune.steps == 200_000
+    alone = config.read(path, ["stages=finetune", "init_from=x"]).schedule()  # the same file serves
+    assert alone.pretrain == both.finetune
 
 
 def test_a_file_of_the_references_options_loads():
@@ -49,7 +51,7 @@ def test_a_file_of_the_references_options_loads():
 
 def test_every_option_is_read_by_the_script():
     """An option that nothing reads would have no effect."""
-    sources = "".join((small.SCRIPTS / name).read_text() for name in ("config.py", "train.py"))
+    sources = "".join((small.SCRIPTS / name).read_text() for name in ("config.py", "run.py", "train.py"))
     for kind, owner in ((config.Config, "(self|config)"), (config.Finetune, r"self\.finetune")):
         for field in dataclasses.fields(kind):
             assert re.search(rf"{owner}\.{field.name}\b", sources), field.name
@@ -77,8 +79,13 @@ def test_every_option_is_read_by_the_script():
         ({"representation_align": True, "representation_depth": 1}, "representation_depth=1 taps no block"),
         ({"representation_align": True, "representation_depth": 40}, "repa_depth must be 1 to 28"),
         ({"ema_decay": 1.0}, r"ema_decay must be in \[0, 1\)"),
-        ({"path_drop_prob": 2}, "path_drop_prob is a probability"),
+        ({"path_drop_prob": 2}, "path_drop_prob must be a probability"),
         ({"checkpointing_steps": 0}, "checkpointing_steps must be at least 1"),
+        ({"sampling_steps": -1}, "sampling_steps must be 0 or more"),
+        ({"seed": -1}, "seed must be 0 or more"),
+        ({"max_train_steps": float("inf")}, "max_train_steps must be int"),
+        ({"finetune": 3}, "finetune is a section of options, got 3"),
+        ({"finetune": {1: 3}}, "unknown option '1' of the section finetune"),
     ],
 )
 def test_what_is_wrong_is_said(options, message):
@@ -92,6 +99,12 @@ def test_changes_from_the_command_line(tmp_path):
     assert found.schedule().finetune.steps == 7000
     with pytest.raises(ValueError, match="--set takes name=value, got 'seed'"):
         build({}, "seed")
+    assert build({}, "mixed_precision=no").mixed_precision == "no"  # which YAML reads as False
+    with pytest.raises(ValueError, match="is no YAML value"):
+        build({}, "exp_name=@x")
+    (tmp_path / "twice.yaml").write_text("seed: 1\nseed: 2\n")
+    with pytest.raises(SystemExit, match="seed given twice in one section"):
+        config.read(tmp_path / "twice.yaml")
     with pytest.raises(SystemExit, match="there is no configuration at"):
         config.read(tmp_path / "none.yaml")
     (tmp_path / "bad.yaml").write_text("a: [")

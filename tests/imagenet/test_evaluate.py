@@ -55,6 +55,7 @@ def folder(tmp_path_factory):
 
 
 def run(monkeypatch, capsys, *arguments):
+    monkeypatch.syspath_prepend(small.SCRIPTS)
     monkeypatch.setattr(sys, "argv", ["evaluate.py", "--inception", "small-features", "--dino", "small-features",
                                       *map(str, arguments)])  # fmt: skip
     runpy.run_path(str(small.SCRIPTS / "evaluate.py"), run_name="__main__")
@@ -111,6 +112,25 @@ def test_saved_statistics(folder, monkeypatch, capsys, tmp_path):
         )
 
 
+def test_images_beside_statistics_serve_other_metrics(folder, monkeypatch, capsys, tmp_path):
+    _, (mu, sigma) = frechet(folder)
+    np.savez(tmp_path / "both.npz", mu=mu, sigma=sigma, arr_0=np.load(folder / "reference.npz")["arr_0"])
+    out = tmp_path / "n.json"
+    arguments = (
+        "--samples",
+        folder / "samples",
+        "--reference",
+        tmp_path / "both.npz",
+        "--metrics",
+        "fid",
+        "kid",
+        "--json",
+        out,
+    )
+    run(monkeypatch, capsys, *arguments)
+    assert {"FID", "KID"} <= json.loads(out.read_text()).keys()
+
+
 def test_a_set_is_at_no_distance_from_itself(folder, monkeypatch, capsys, tmp_path):
     run(monkeypatch, capsys, "--samples", folder / "samples", "--reference", folder / "samples.npz", "--metrics", "fid",
         "--json", tmp_path / "n.json")  # fmt: skip
@@ -122,6 +142,14 @@ def test_refusals(folder, monkeypatch, capsys, tmp_path):
         (tmp_path / "empty").mkdir(exist_ok=True)
         with pytest.raises(SystemExit, match=message):
             run(monkeypatch, capsys, "--samples", tmp_path / samples, "--reference", folder / "reference")
+    np.savez(tmp_path / "floats.npz", arr_0=np.zeros((3, 8, 8, 3), dtype=np.float32))
+    with pytest.raises(SystemExit, match=r"holds float32 \(3, 8, 8, 3\), expected images"):
+        run(monkeypatch, capsys, "--samples", tmp_path / "floats.npz", "--reference", folder / "reference")
+    (tmp_path / "mixed").mkdir()
+    for side in (8, 9):
+        Image.fromarray(np.zeros((side, side, 3), dtype=np.uint8)).save(tmp_path / "mixed" / f"{side}.png")
+    with pytest.raises(SystemExit, match="images of several sizes .*give --crop for a reference"):
+        run(monkeypatch, capsys, "--samples", folder / "samples", "--reference", tmp_path / "mixed")
     np.savez(tmp_path / "odd.npz", other=np.zeros(3))
     with pytest.raises(SystemExit, match="has no arr_0 .it holds other"):
         run(monkeypatch, capsys, "--samples", tmp_path / "odd.npz", "--reference", folder / "reference")

@@ -39,7 +39,7 @@ def expected(folder):
     from diffusers import AutoencoderKL
 
     vae = AutoencoderKL.from_pretrained(folder / "vae").eval()
-    images, _ = find_images(folder / "images")
+    images, *_ = find_images(folder / "images")
     moments, labels = [], []
     for pixels, label, problem in ImageFolder(folder / "images", images, size=32):
         if not problem:
@@ -169,3 +169,31 @@ def test_features_of_a_teacher_are_kept(folder, tmp_path):
     next((tmp_path / "images" / "images").rglob("*.png")).unlink()
     with pytest.raises(FileNotFoundError, match="holds 21 images for 22 latents"):
         LatentDataset(tmp_path / "images", aligned=True)
+
+
+def test_odd_files(tmp_path):
+    """Every file is an image of a class, or is named: 16-bit grey is scaled, hidden folders are no classes."""
+    root = tmp_path / "images"
+    (root / "a").mkdir(parents=True)
+    (root / "b" / "deep").mkdir(parents=True)
+    (root / ".hidden").mkdir()
+    Image.fromarray(np.full((8, 8), 257 * 100, dtype=np.uint16)).save(root / "a" / "grey16.png")
+    Image.fromarray(np.zeros((8, 8, 3), dtype=np.uint8)).save(root / "b" / "deep" / "x.TIFF")
+    Image.fromarray(np.zeros((8, 8, 3), dtype=np.uint8)).save(root / "outside.png")
+    Image.fromarray(np.zeros((8, 8, 3), dtype=np.uint8)).save(root / ".hidden" / "y.png")
+    (root / "a" / "notes.txt").write_text("")
+    (root / "a" / "back").symlink_to(root)  # a circle
+    images, classes, ignored = find_images(root)
+    assert classes == ["a", "b"]
+    assert [(str(path), label) for path, label in images] == [("a/grey16.png", 0), ("b/deep/x.TIFF", 1)]
+    assert [str(path) for path in ignored] == [".hidden/y.png", "a/notes.txt", "outside.png"]
+    pixels, _, problem = ImageFolder(root, images, size=8)[0]
+    assert not problem
+    assert (pixels == 100).all()
+
+
+def test_a_mistake_does_not_bind_the_folder(folder, tmp_path):
+    run = prepare(folder, tmp_path / "out", "--size", 33)
+    assert "--size 33 is not divisible by 2" in run.stderr
+    assert "Traceback" not in prepare(folder, tmp_path / "out", "--vae", tmp_path / "none").stderr
+    assert prepare(folder, tmp_path / "out").returncode == 0

@@ -56,7 +56,7 @@ def test_images_are_those_of_the_library(folder, tmp_path):
 
     options = ("--guidance", "cfg", "--scale", 1.5, "--interval", 0.1, 0.9, "--seed", 3)
     assert sample(folder, tmp_path / "out", *options, checkpoint="reference.safetensors").returncode == 0
-    streams = [torch.Generator().manual_seed(3 * 2**32 + i) for i in range(7)]
+    streams = [torch.Generator().manual_seed((3 * 0x9E3779B1 + i) % 2**32) for i in range(7)]
     noise = normal((7, 4, 8, 8), generator=streams)
     latents = sprint.sample(
         tiny().eval(), noise, y=torch.arange(7), steps=3, guidance=sprint.ClassifierFreeGuidance(1.5, interval=(0.1, 0.9))
@@ -77,10 +77,34 @@ def test_a_run_goes_on_and_grows(folder, tmp_path):
     assert sample(folder, tmp_path / "whole").returncode == 0
     assert close(images(out), images(tmp_path / "whole"))
     assert "holds samples with seed 0, now 1" in sample(folder, out, "--seed", 1).stderr
+    tiny(label_drop=0.2).save(folder / "other.safetensors")
+    other, model = folder / "other.safetensors", folder / "model.safetensors"
+    kept = model.read_bytes()
+    model.write_bytes(other.read_bytes())  # another model under the same name
+    try:
+        assert "holds samples with weights" in sample(folder, out).stderr
+    finally:
+        model.write_bytes(kept)
+
+
+def test_seeds_give_other_images(folder, tmp_path):
+    for seed in (0, 1):
+        assert sample(folder, tmp_path / str(seed), "--seed", seed, "--count", 2).returncode == 0
+    one, other = (np.load(tmp_path / f"{seed}.npz")["arr_0"] for seed in (0, 1))
+    assert not close(one, other)
 
 
 def test_refusals(folder, tmp_path):
     assert "there is no checkpoint at" in sample(folder, tmp_path, checkpoint="nothing.safetensors").stderr
     torch.save({"model": torch.zeros(1)}, folder / "pickle.pt")
     assert "is a pickle" in sample(folder, tmp_path, checkpoint="pickle.pt").stderr
-    assert "interval must be" in sample(folder, tmp_path, "--interval", 0.9, 0.1).stderr
+    for options, message in (
+        (("--interval", 0.9, 0.1), "--interval must be 0 <= LOW <= HIGH <= 1"),
+        (("--scale", "nan"), "--scale must be a number"),
+        (("--solver", "sde", "--steps", 1), "needs at least 2 --steps"),
+        (("--side", 7), "--side 7 does not split into patches of 2"),
+        (("--vae", "none"), "4 channels are no picture"),
+    ):
+        run = sample(folder, tmp_path, *options)
+        assert message in run.stderr, options
+        assert "Traceback" not in run.stderr, options

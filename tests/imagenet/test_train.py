@@ -6,15 +6,18 @@ import math
 import random
 import resource
 import runpy
+import shutil
 import signal
 import subprocess
 import sys
 import time
 
+import numpy as np
 import pytest
 import small
 import torch
 import yaml
+from PIL import Image
 from safetensors.torch import load_file
 
 import sprint
@@ -37,8 +40,8 @@ def latents(tmp_path_factory):
     return prepared(tmp_path_factory.mktemp("latents"))
 
 
-def prepared(folder, *, broken=None, teacher=None):
-    generator = torch.Generator().manual_seed(0)
+def prepared(folder, *, broken=None, teacher=None, seed=0):
+    generator = torch.Generator().manual_seed(seed)
     moments = torch.randn(20, 8, 8, 8, generator=generator)
     moments[:, 4:] = moments[:, 4:].abs() * 0.1
     if broken is not None:
@@ -166,6 +169,27 @@ def test_killed_again_and_again_it_ends_with_the_same_bits(latents, whole, tmp_p
     assert not list(folder.glob(".*.tmp"))
 
 
+def test_the_final_model_is_written_again(latents, whole, tmp_path):
+    """Killed after the last checkpoint and before the model was written."""
+    shutil.copytree(whole / "run", tmp_path / "run")
+    (tmp_path / "run" / "model.safetensors").unlink()
+    assert train(tmp_path, latents).returncode == 0
+    assert same(tmp_path, whole)
+    run = train(tmp_path, latents, stages="both", finetune={**OPTIONS["finetune"], "max_train_steps": 4})
+    assert "20 steps done, now 16 in all" in run.stderr
+
+
+def test_a_run_is_of_one_process_and_one_dataset(latents, whole, tmp_path):
+    shutil.copytree(whole / "run", tmp_path / "run")
+    run = sprint.RunFolder(tmp_path / "run")
+    run.lock()
+    assert "another process is training in" in train(tmp_path, latents).stderr
+    del run
+    (tmp_path / "data").mkdir()
+    other = prepared(tmp_path / "data", seed=1)
+    assert "other latents than those in" in train(tmp_path, other).stderr
+
+
 def test_a_broken_checkpoint_is_passed_over(latents, whole, tmp_path):
     assert train(tmp_path, latents).returncode == 0
     newest = tmp_path / "run" / "checkpoints" / "00000020.safetensors"
@@ -177,6 +201,12 @@ def test_a_broken_checkpoint_is_passed_over(latents, whole, tmp_path):
     assert "from step 16 on" in run.stdout
     assert same(tmp_path, whole)
     assert metrics(tmp_path) == metrics(whole)
+
+
+def test_a_model_without_its_middle_trains_on_two_processes(latents, tmp_path):
+    options = {"residual_type": "shallow", "stages": "pretrain", "max_train_steps": 3}
+    run = train(tmp_path, latents, processes=2, port=29587, **options)
+    assert run.returncode == 0, run.stderr
 
 
 @pytest.mark.parametrize(("parallel", "port"), [("ddp", 29581), ("fsdp", 29583)])
@@ -215,11 +245,18 @@ def test_ddp_and_fsdp_train_the_same_model(latents, tmp_path):
     if torch.__version__ < "2.8":
         pytest.skip("FSDP2 over gloo sums gradients here instead of averaging them, those of a plain model too")
     found = []
+    pytest.importorskip("diffusers")
+    grids = {"sampling_steps": 2, "vae": str(small.vae(tmp_path / "vae")), "checkpointing_steps": 12}
     for parallel in ("ddp", "fsdp"):
-        run = train(tmp_path / parallel, latents, processes=2, port=29585, parallel=parallel)
+        run = train(tmp_path / parallel, latents, processes=2, port=29585, parallel=parallel, **grids)
         assert run.returncode == 0, run.stderr
         assert "view tensor" not in run.stderr
         found.append(load_file(tmp_path / parallel / "run" / "model.safetensors"))
+    pictures = [sorted((tmp_path / parallel / "run" / "samples").iterdir()) for parallel in ("ddp", "fsdp")]
+    assert [path.name for path in pictures[0]] == [f"{step:08d}.png" for step in range(2, 22, 2)]
+    for one, other in zip(*pictures, strict=True):
+        apart = np.abs(np.array(Image.open(one)).astype(int) - np.array(Image.open(other)).astype(int))
+        assert apart.max() <= 1, one.name  # rounded to other sides
     for name, expected in found[0].items():
         torch.testing.assert_close(found[1][name], expected, rtol=1e-4, atol=1e-6, msg=name)  # float32
 
@@ -287,7 +324,9 @@ def test_finetuning_starts_from_a_checkpoint(latents, whole, tmp_path):
     for name, tensor in before.items():
         torch.testing.assert_close(after[name], tensor, rtol=0, atol=1e-6, msg=name)
     run = train(tmp_path / "other", latents, stages="finetune", init_from=str(start), finetune=finetune, hidden_size=64)
-    assert "does not fit this SiT" in run.stderr
+    assert "is another model, with dim=32, here 64" in run.stderr
+    run = train(tmp_path / "third", latents, stages="finetune", init_from=str(start), finetune=finetune, positions="sincos")
+    assert "is another model, with positions='rope', here 'sincos'" in run.stderr
     assert "Traceback" not in run.stderr
 
 
@@ -313,8 +352,6 @@ def test_a_grid_of_samples_while_training(latents, tmp_path):
     options = {"stages": "pretrain", "max_train_steps": 2, "sampling_steps": 2, "vae": str(vae), "report_to": "tensorboard"}
     run = train(tmp_path, latents, **options)
     assert run.returncode == 0, run.stderr
-    from PIL import Image
-
     assert Image.open(tmp_path / "run" / "samples" / "00000002.png").size == (64, 64)
     assert list((tmp_path / "run").rglob("events.out.tfevents*"))
 
@@ -335,6 +372,7 @@ def test_a_grid_of_samples_while_training(latents, tmp_path):
         ({"sampling_steps": 1, "vae": "none"}, "4 channels are no picture"),
         ({"finetune": {"batch_size": 3, "max_train_steps": 8, "warmup_steps": 2}}, "a batch of 3 images does not split"),
         ({"report_to": "wandb"}, "report_to=wandb is not installed"),
+        ({"init_from": "none.safetensors"}, "there is no checkpoint at none.safetensors"),
     ],
 )
 def test_refused_before_anything_is_trained(options, message, latents, tmp_path, monkeypatch):

@@ -43,13 +43,16 @@ def test_it_is_frozen_and_stays_in_eval():
     assert "mean" not in found.state_dict()
 
 
-def test_weights_from_a_file(tmp_path):
+@pytest.mark.parametrize("options", [{"num_classes": 0, "img_size": (32, 48)}, {}])
+def test_weights_from_a_file(tmp_path, options):
+    """Also of the size and with the head that the network was trained with: positions are resized to this grid."""
     from safetensors.torch import save_file
 
-    source = timm.create_model(NAME, num_classes=0, img_size=(32, 48))
+    source = timm.create_model(NAME, **options)
     save_file(source.state_dict(), tmp_path / "vit.safetensors")
     found = Teacher(NAME, (2, 3), weights=tmp_path / "vit.safetensors")
     assert found.network.patch_embed.proj.weight.equal(source.patch_embed.proj.weight)
+    assert found.network.pos_embed.shape[1] == 2 * 3 + 1
 
 
 def test_dinov2_has_a_patch_for_each_token():
@@ -66,5 +69,8 @@ def test_refusals(tmp_path):
         Teacher("resnet18", pretrained=False)
     with pytest.raises(FileNotFoundError, match="there are no teacher weights at"):
         Teacher(NAME, weights=tmp_path / "none.safetensors")
+    (tmp_path / "garbage.safetensors").write_bytes(b"garbage")
+    with pytest.raises(ValueError, match=f"garbage.safetensors holds no weights of {NAME}"):
+        Teacher(NAME, weights=tmp_path / "garbage.safetensors")
     with pytest.raises(TypeError, match="images must be uint8"):
         teacher()(torch.zeros(1, 3, 32, 32))
