@@ -113,6 +113,32 @@ def test_identity_initialisation_returns_the_deep_tokens_bit_by_bit():
     assert fusion(shallow, deep).equal(deep)
 
 
+def test_identity_and_dtype_hold_under_autocast():
+    fusion = SparseDenseResidual(6, init="identity", path_drop=0.5)
+    tokens = torch.randn(2, 3, 6)
+    for dtype in (torch.float32, torch.bfloat16):
+        shallow, deep = tokens.to(dtype), tokens.flip(0).to(dtype)
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            assert fusion.eval()(shallow, deep).equal(deep)
+            assert {fusion.train()(shallow, *rest).dtype for rest in ((), (deep,))} == {dtype}
+
+
+def test_both_forms_of_the_projection_are_one_map():
+    fusion, shallow, deep, subset = problem(init="identity")
+    torch.nn.init.normal_(fusion.proj.weight)
+    weights = (fusion.proj.weight, fusion.proj.bias, fusion.mask_token)
+    expected = reference.fuse(*weights, shallow, deep=deep, keep=subset.keep)
+    actual = fusion.eval()(shallow, deep, subset)
+    torch.testing.assert_close(actual, expected, rtol=1e-12, atol=1e-12)  # float64
+    inputs = (*weights, shallow, deep)
+    torch.testing.assert_close(
+        torch.autograd.grad(actual.square().sum(), inputs),
+        torch.autograd.grad(expected.square().sum(), inputs),
+        rtol=1e-10,
+        atol=1e-10,
+    )
+
+
 def test_mask_token_is_frozen_unless_asked():
     assert not SparseDenseResidual(512).mask_token.requires_grad
     assert SparseDenseResidual(512, learnable_mask=True).mask_token.requires_grad

@@ -31,10 +31,13 @@ class SplitLinear(nn.Module):
     Args:
         halves: 2, or 1 where `W` has only one of them.
         dim: C.
+        residual: compute `W_g g` as `g + (W_g - I) g`. The same map, but where `W_g` is the identity its result is `g`, bit
+            by bit in any precision of the product (autocast, TF32), and near it more accurate.
     """
 
-    def __init__(self, halves: int, dim: int) -> None:
+    def __init__(self, halves: int, dim: int, *, residual: bool = False) -> None:
         super().__init__()
+        self.residual = residual
         self.weight = nn.Parameter(torch.empty(dim, halves * dim))  # deep half first
         self.bias = nn.Parameter(torch.zeros(dim))
 
@@ -48,12 +51,17 @@ class SplitLinear(nn.Module):
                     f"tokens are {tokens.dtype}, the fusion {self.weight.dtype}: convert one with .to(dtype), or use "
                     "torch.autocast"
                 )
-        if shallow is None:
-            return self.bias, *(F.linear(tokens, self.weight) for tokens in deep)
         if not deep:
-            return (F.linear(shallow, self.weight, self.bias),)
-        deep_weight, shallow_weight = self.weight.split(len(self.weight), dim=1)
-        return F.linear(shallow, shallow_weight, self.bias), *(F.linear(tokens, deep_weight) for tokens in deep)
+            return (F.linear(shallow, self.weight, self.bias),)  # pyright: ignore[reportArgumentType]
+        if shallow is None:
+            deep_weight, base = self.weight, self.bias
+        else:
+            deep_weight, shallow_weight = self.weight.split(len(self.weight), dim=1)
+            base = F.linear(shallow, shallow_weight, self.bias)
+        if not self.residual:
+            return base, *(F.linear(tokens, deep_weight) for tokens in deep)
+        change = deep_weight - torch.eye(len(deep_weight), dtype=deep_weight.dtype, device=deep_weight.device)
+        return base, *(tokens + F.linear(tokens, change) for tokens in deep)
 
     def extra_repr(self) -> str:
         return f"weight={tuple(self.weight.shape)}"
@@ -72,7 +80,7 @@ class SparseDenseResidual(nn.Module):
         sources: "both", or the paper's ablations "deep" (`W_g g_pad + b`) and "shallow" (`W_f f + b`), W: (C, C).
         learnable_mask: train the mask token. The reference freezes it at N(0, 0.02), and so do we by default.
         init: "xavier" (from scratch), or "identity", `W = [I ; 0]`: the output is the deep path, bit by bit, which
-            leaves a pretrained model unchanged as long as nothing is dropped.
+            leaves a pretrained model unchanged as long as nothing is dropped, also under autocast.
 
     Examples:
         >>> fusion = SparseDenseResidual(8)
@@ -99,7 +107,7 @@ class SparseDenseResidual(nn.Module):
         if init == "identity" and sources == "shallow":
             raise ValueError("init='identity' keeps the deep path, which sources='shallow' leaves out: use init='xavier'")
         self.dim, self.path_drop, self.sources, self.init = dim, path_drop, sources, init
-        self.proj = SplitLinear(2 if sources == "both" else 1, dim)
+        self.proj = SplitLinear(2 if sources == "both" else 1, dim, residual=init == "identity")
         self.mask_token = nn.Parameter(torch.empty(1, 1, dim), requires_grad=learnable_mask)
         self.reset_parameters()
 
@@ -154,16 +162,17 @@ class SparseDenseResidual(nn.Module):
                 "draw it on the grid of these tokens"
             )
         if self.sources == "shallow":
-            return self.proj(shallow)[0]
+            return self.proj(shallow)[0].to(shallow.dtype)  # the stream keeps its dtype under autocast
         source = None if self.sources == "deep" else shallow
         if deep is None:
             base, fill = self.proj(source, self.mask_token)
-            return (base + fill).expand_as(shallow)
+            return (base + fill).to(shallow.dtype).expand_as(shallow)
         base, fill, sparse = self.proj(source, self.mask_token, deep)  # (B, N, C), (1, 1, C), (B, K, C)
         dropped = _drawn(self, shallow, dropped, generator)
         if dropped is not None:
-            sparse = torch.where(dropped.view(-1, 1, 1), fill, sparse)
-        return base + (sparse if subset is None else subset.restore(sparse, fill))
+            sparse = torch.where(dropped.view(-1, 1, 1), fill.to(sparse.dtype), sparse)
+        # The deep tokens come first, so that the sum has their strides, on which later kernels' last bits may depend.
+        return ((sparse if subset is None else subset.restore(sparse, fill)) + base).to(shallow.dtype)
 
     def extra_repr(self) -> str:
         return f"dim={self.dim}, path_drop={self.path_drop}, sources={self.sources!r}"
