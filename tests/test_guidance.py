@@ -183,6 +183,11 @@ def test_sparse_guidance_of_our_model_and_of_a_wrapped_one(model):
     torch.testing.assert_close(guided, weak + 2 * (host(x, t, y) - weak))
 
 
+def test_rescaling_predictions_without_deviation():
+    zero = torch.zeros(2, 3, 4)
+    assert guide(zero, zero, 3.0, rescale=1.0).equal(zero)
+
+
 @pytest.mark.parametrize("rescale", [-0.1, 1.1])
 def test_bad_rescaling(rescale):
     with pytest.raises(ValueError, match=r"rescale must be from 0 \(off\) to 1"):

@@ -48,7 +48,8 @@ def guide(weak: Tensor, strong: Tensor, scale: float, *, rescale: float = 0.0) -
     if rescale == 0:
         return guided
     dims = tuple(range(1, guided.ndim))
-    factor = strong.std(dims, keepdim=True) / guided.std(dims, keepdim=True)
+    before, after = guided.std(dims, keepdim=True), strong.std(dims, keepdim=True)
+    factor = torch.where(before > 0, after / before.clamp_min(torch.finfo(before.dtype).tiny), 1.0)  # constant: as it is
     return guided * (1 - rescale + rescale * factor)
 
 
@@ -200,7 +201,8 @@ def _null(model: Any, null: Any, y: Any, batch: int) -> Any:
 def _middle(model: Any) -> Any:
     """The part of a model whose path can be chosen: its `SparseMiddle`, or all of a wrapped model."""
     host = unwrapped(model)
-    found = [module for module in host.modules() if hasattr(module, "routed")] if isinstance(host, nn.Module) else []
+    modules = host.modules() if isinstance(host, nn.Module) else ()
+    found = [module for module in modules if hasattr(type(module), "routed")]  # PEFT's modules pass attributes on
     if len(found) != 1:
         raise ValueError(
             f"Path-Drop Guidance needs a model with one SparseMiddle, or a wrapped one, "

@@ -195,6 +195,16 @@ class SiT(nn.Module):
         features = next(tapped for tapped in (early, middle, late) if tapped is not None)
         return Aligned(v, self.projectors(features), subset if inner else None)
 
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the parameters; pipelines ask for it."""
+        return self.x_embedder.proj.weight.dtype
+
+    @property
+    def device(self) -> torch.device:
+        """Of the parameters; pipelines ask for it."""
+        return self.x_embedder.proj.weight.device
+
     def token_grid(self, x: Tensor) -> tuple[int, int]:
         """(rows, columns) of the tokens of x, (B, C_in, H, W)."""
         p = self.config.patch_size
