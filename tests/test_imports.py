@@ -36,8 +36,20 @@ ALLOWED = {
     "hosts.known": {"hosts.declare"},
     "hosts.places": {"hosts.declare"},
     "hosts.tables": {"hosts.declare", "tokens"},
-    "hosts.route": {"drop", "hosts.declare", "hosts.places", "hosts.tables", "random", "tokens"},
-    "hosts.wrapping": {"checkpoint", "drop", "fusion", "hosts.declare", "hosts.places", "hosts.route", "middle", "tokens"},
+    "hosts.sides": {"hosts.places"},
+    "hosts.recompute": set(),
+    "hosts.bound": {"hosts.places"},
+    "hosts.state": {"drop", "hosts.declare", "hosts.places", "middle", "tokens"},
+    "hosts.paths": {"drop", "hosts.state", "middle", "tokens"},
+    "hosts.keep": {"drop", "hosts.declare", "tokens"},
+    "hosts.route": {
+        *("hosts.bound", "hosts.declare", "hosts.keep", "hosts.places", "hosts.recompute", "hosts.sides", "hosts.tables"),
+        "random",
+    },
+    "hosts.wrapped": {"checkpoint", "hosts.bound", "hosts.paths", "hosts.route", "hosts.state"},
+    "hosts.wrapping": {
+        *("drop", "fusion", "hosts.bound", "hosts.declare", "hosts.paths", "hosts.places", "hosts.state", "hosts.wrapped"),
+    },
     "pipeline": {"checkpoint", "diffusers", "guidance", "hosts.check", "sit"},
     "diffusers": {"checkpoint", "drop", "hosts.wrapping"},
     "capture": set(),
@@ -57,7 +69,7 @@ ALLOWED = {
     "optim": {"fusion", "kernels"},
     "step": {"capture", "compiling", "guidance", "optim"},
     "costs": {"config", "drop", "hosts.check", "hosts.wrapping", "sit"},
-    "hosts.check": {"fusion", "hosts.wrapping", "random", "tokens"},
+    "hosts.check": {"fusion", "hosts.paths", "hosts.state", "random", "tokens"},
 }
 CORE = {"torch", "einops", "safetensors", "numpy"}
 OPT_IN = {  # rooms imported where used

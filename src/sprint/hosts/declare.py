@@ -19,23 +19,28 @@ Arguments = Mapping[str, Any]
 
 @dataclass(frozen=True)
 class Table:
-    """A block argument with one row per token; tuples and lists of tensors are gathered each.
+    """A block argument with one row per token: a tensor, a tuple or list of tensors, which are gathered each, or a module
+    that keeps its tables as buffers.
 
     Args:
-        dim: axis of the tokens.
+        dim: axis of the tokens; several for a mask between tokens, such as (2, 3) of (B, 1, N, N).
         stream: the tokens that its rows belong to.
         batched: whether axis 0 is the batch. A table without one, (N, *), is handed on with a row set for each sample.
         broadcast: the model multiplies a table without a batch as it is, instead of adding an axis for the batch.
+        heads: as `broadcast`, with queries (B, heads, N, D): an axis for the heads is added behind the batch.
         item: of a tuple, only this element.
         ndim: a table only when the tensor has this many axes (modulation per token instead of per sample).
+        longer: the table has rows for more tokens than there are; the first N belong to them.
     """
 
-    dim: int = 1
+    dim: int | tuple[int, ...] = 1
     stream: Stream = "image"
     batched: bool = True
     broadcast: bool = False
+    heads: bool = False
     item: int | None = None
     ndim: int | None = None
+    longer: bool = False
 
 
 @dataclass(frozen=True)
@@ -43,12 +48,12 @@ class Blocks:
     """A run of blocks that the model calls in order.
 
     Args:
-        name: attribute that holds them (dots allowed): a `ModuleList`, a `Sequential`, or one block.
+        name: attribute that holds them: a `ModuleList`, a `Sequential` (dots allowed), or one block of the model itself.
         image: parameter of the block with the image tokens, or with the joint stream; by default its first.
         text: parameter with the text tokens, if they are a stream of their own.
         stream: what `image` holds.
         returns: what the block returns, in order.
-        tables: by parameter, the arguments with one row per token.
+        tables: by parameter, the arguments with one row per token; several tables for a tuple of different tensors.
         sides: parameters with the rows and columns of the token grid, for blocks that unfold it (one kept token per group
             only).
     """
@@ -58,7 +63,7 @@ class Blocks:
     text: str | None = None
     stream: Stream = "image"
     returns: tuple[Part, ...] = ("image",)
-    tables: Mapping[str, Table] = field(default_factory=dict)
+    tables: Mapping[str, Table | tuple[Table, ...]] = field(default_factory=dict)
     sides: tuple[str, str] | None = None
 
 
@@ -98,7 +103,7 @@ def register(model: type[nn.Module] | str, host: Host) -> None:
     """Declare an architecture for `wrap`; subclasses inherit the declaration.
 
     Args:
-        model: the class, or its name.
+        model: the class, or its name; "package.Class" declares the class of that name in this package only.
         host: its declaration; replaces an earlier one.
 
     Examples:
@@ -124,8 +129,10 @@ def declaration(model: nn.Module) -> tuple[Host, bool]:
         ValueError: nothing is registered, and there is no list of blocks or more than one.
     """
     for base in type(model).__mro__:
-        if base.__name__ in _HOSTS:
-            return _HOSTS[base.__name__], True
+        package, *_ = base.__module__.split(".")
+        for name in (f"{package}.{base.__name__}", base.__name__):
+            if name in _HOSTS:
+                return _HOSTS[name], True
     lists = [
         name
         for name, child in model.named_children()

@@ -286,8 +286,8 @@ register(
     ),
 )
 register(
-    "VisionTransformer",
-    Host(  # timm
+    "timm.VisionTransformer",
+    Host(
         (Blocks("blocks", stream="text+image"),),
         width="embed_dim",
         grid=lambda model, arguments: model.patch_embed.dynamic_feat_size(arguments["x"].shape[-2:]),

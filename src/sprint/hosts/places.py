@@ -2,6 +2,7 @@
 
 import functools
 import inspect
+from collections import Counter
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -22,8 +23,8 @@ def by_name(names: Sequence[str], args: Sequence[Any]) -> dict[str, Any]:
 class Place:
     """Where a run of blocks keeps its arguments."""
 
-    def __init__(self, blocks: Blocks, parameters: Sequence[str]) -> None:
-        self.blocks, self.parameters = blocks, list(parameters)
+    def __init__(self, blocks: Blocks, parameters: Sequence[str], *, count: int, any_name: bool = False) -> None:
+        self.blocks, self.parameters, self.count = blocks, list(parameters), count
         if not self.parameters:
             raise ValueError(
                 f"the forward of blocks {blocks.name!r} names no parameter, so its tokens cannot be told from the "
@@ -31,7 +32,7 @@ class Place:
             )
         self.image = blocks.image or self.parameters[0]
         for name in (self.image, blocks.text, *blocks.tables, *(blocks.sides or ())):
-            if name is not None and name not in self.parameters:
+            if name is not None and name not in self.parameters and not any_name:
                 raise ValueError(
                     f"blocks {blocks.name!r} have no parameter {name!r}, they take {', '.join(self.parameters)}: "
                     "correct the declaration"
@@ -42,6 +43,21 @@ class Place:
         named = by_name(self.parameters, args)
         rest = {str(i): value for i, value in enumerate(args) if i >= len(self.parameters)}
         return {**named, **rest, **kwargs}
+
+    def parts(self, output: Any) -> dict[str, Any]:
+        """What a block returned, by the declared names."""
+        returns = self.blocks.returns
+        returned = output if isinstance(output, (tuple, list)) else (output,)
+        if len(returned) != len(returns):
+            raise ValueError(
+                f"blocks {self.blocks.name!r} return {len(returned)} values, declared are {returns}: "
+                "declare what they return, sprint.Blocks(…, returns=…)"
+            )
+        return dict(zip(returns, returned, strict=True))
+
+    def argument(self, part: str) -> str:
+        """The parameter that takes the image or the text."""
+        return self.image if part == "image" else str(self.blocks.text)
 
     def call(self, block: Callable[..., Any], named: dict[str, Any], args: tuple, kwargs: dict) -> Any:
         """Call with changed arguments, each passed as it came: by position or by name."""
@@ -59,27 +75,43 @@ def find_places(model: nn.Module, host: Host) -> tuple[list[tuple[Place, int]], 
             raise ValueError(
                 f"{type(model).__name__} has no blocks at {blocks.name!r}, as its declaration says: correct the declaration"
             ) from error
-        members = list(run) if isinstance(run, nn.ModuleList | nn.Sequential) else [run]
+        is_list = isinstance(run, nn.ModuleList | nn.Sequential)
+        if not is_list and "." in blocks.name:
+            raise ValueError(
+                f"{blocks.name!r} is one block inside a submodule, whose call cannot be seen: declare the list that "
+                "holds it, or keep it as an attribute of the model itself"
+            )
+        members = list(run) if is_list else [run]
         if not members:
             continue
         block = members[0]
         for wrapper in ("_checkpoint_wrapped_module", "_orig_mod"):
             block = getattr(block, wrapper, block)
         kinds = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
-        names = [name for name, p in inspect.signature(block.forward).parameters.items() if p.kind in kinds]
-        places.append((Place(blocks, names), count))
+        parameters = inspect.signature(block.forward).parameters
+        names = [name for name, p in parameters.items() if p.kind in kinds]
+        any_name = any(p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters.values())
+        places.append((Place(blocks, names, count=len(members), any_name=any_name), count))
         count += len(members)
     return places, count
 
 
-def parameter_of(model: nn.Module) -> torch.Tensor:
-    """A parameter whose device and dtype the fusion gets."""
+def placed_as(model: nn.Module, places: Sequence[tuple[Place, int]]) -> tuple[torch.device, torch.dtype]:
+    """Device and dtype that the fusion gets: those of most of the blocks' matrices.
+
+    Other parameters tell less: some models keep small ones in float32, and storage may be of 8 bits.
+    """
     devices = {parameter.device for parameter in model.parameters()}
     if len(devices) != 1:
         raise ValueError(
             f"the model's parameters are on {sorted(map(str, devices)) or 'no device'}: move it to one device first"
         )
-    return next(parameter for parameter in model.parameters() if parameter.is_floating_point())
+    within = [p for place, _ in places for p in model.get_submodule(place.blocks.name).parameters() if p.ndim > 1]
+    for parameters in (within, model.parameters()):
+        dtypes = Counter(p.dtype for p in parameters if p.is_floating_point() and p.dtype.itemsize > 1)
+        if dtypes:
+            return devices.pop(), dtypes.most_common(1)[0][0]
+    return devices.pop(), torch.get_default_dtype()
 
 
 def width_of(model: Any, host: Host) -> int:

@@ -6,49 +6,37 @@ last one restores and fuses. A route belongs to one call: a checkpointed recompu
 forward pass drew.
 """
 
-import math
 from collections.abc import Callable
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from sprint.drop import Drop, StructuredDrop
+from sprint.hosts.bound import Bound
 from sprint.hosts.declare import Arguments, Stream
+from sprint.hosts.keep import Keeper
 from sprint.hosts.places import Place
+from sprint.hosts.recompute import Debt, draws
+from sprint.hosts.sides import hint, refuse_undeclared
 from sprint.hosts.tables import gather_rows
 from sprint.random import uniform
-from sprint.tokens import TokenSubset
 
 if TYPE_CHECKING:
-    from sprint.hosts.wrapping import SprintState
-
-
-class Bound:
-    """A block on its route: called like the block, and otherwise the block itself."""
-
-    def __init__(self, block: nn.Module, place: Place, index: int, route: "Route") -> None:
-        self.block, self.place, self.index, self.route = block, place, index, route
-
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        return self.route.step(self, self.block, args, kwargs)
-
-    def checkpointed(self, recompute: Callable[..., Any], args: tuple, kwargs: dict) -> Any:
-        """The step with only the block itself inside the checkpoint; what is drawn and captured stays outside."""
-        return self.route.step(self, partial(recompute, self.block), args, kwargs)
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self.block, name)
+    from sprint.hosts.state import SprintState
 
 
 class Route:
     """One call's path through the model; see the module."""
 
-    def __init__(self, state: "SprintState", model: nn.Module, arguments: Arguments) -> None:
+    def __init__(self, state: "SprintState", model: Any, arguments: Arguments) -> None:
         self.state, self.model, self.arguments = state, model, arguments
         self.path, self.subset, self.drop, self.generator = state.route
+        self.fusion = model.sprint.fusion  # of the active adapter, where PEFT keeps one for each
+        self.keeper = Keeper(state, model, arguments, drop=self.drop, generator=self.generator)
+        self.debt = Debt()
+        self.opened = False  # the host's forward has begun
         self.num_tokens: int | None = None  # N, of the image
         self.length = 0  # of the image stream now: N, or K inside the middle
         self.shallow: Tensor | None = None
@@ -59,34 +47,58 @@ class Route:
         self.strong: slice | None = None  # rows that run the middle, when one half of the batch takes the shallow path
         self.fused = False
         self.reached = -1  # index of the last block called
+        self.entered = self.late = -1  # where the middle began; the decoder block that fuses, if the last middle one did not
         self.finished = False  # the forward pass is over: what is called now is recomputed for the backward pass
+        self.learns = torch.is_grad_enabled()
+        self.captured_outside = True  # of a checkpoint of the host's with use_reentrant=True
+        self.reentrant = False  # the last middle block runs in a checkpoint of the host's with use_reentrant=True
         self.single: dict[str, tuple[Place, int]] = {}  # runs of a single block, by attribute
         self._refuse()
 
     def step(self, bound: Bound, block: Callable[..., Any], args: tuple, kwargs: dict) -> Any:
         """Call one block of the model."""
-        place, first, last = bound.place, self.state.first, self.state.last
+        place, index, first, last = bound.place, bound.index, self.state.first, self.state.last
         if self.state.checkpoint and torch.is_grad_enabled():
-            block = partial(checkpoint, block, use_reentrant=False)
+            # Blocks that draw nothing need no random state, which a CUDA graph could not read.
+            keep = torch.compiler.is_compiling() or draws(bound.block)
+            block = partial(checkpoint, block, use_reentrant=False, preserve_rng_state=keep)
         named = place.named(args, kwargs)
-        self._in_order(bound.index)
+        self._in_order(index)
         if self.num_tokens is None:
-            self.num_tokens = self.length = self._count(place, named[place.image])
-        if not first <= bound.index <= last:
-            return block(*args, **kwargs)
-        if bound.index == first:
-            self._enter(place, named)
-        if self.path == "shallow":
-            names = {"image": place.image, "text": str(place.blocks.text)}
-            passed = [named[names[part]] for part in place.blocks.returns]
-            output = tuple(passed) if len(passed) > 1 else passed[0]
+            self._refuse_other_batch(place, named[place.image])
+            self.num_tokens = self.length = self._count(named[place.image])
+        if index > last and (not self.fused or index == self.late):
+            self._fuse_late(place, index, named)
+            return place.call(block, named, args, kwargs)
+        if not first <= index <= last:
+            output = block(*args, **kwargs)
+            place.parts(output)
+            return output
+        entering = self.entered in (-1, index)
+        if entering:
+            self._enter(place, index, named)
+        if self.path == "shallow" or self.state.idle:
+            parts = {part: named[place.argument(part)] for part in place.blocks.returns}
         else:
             if self.strong is not None:
                 self._take_strong(place, named)
             if self.path == "sparse":
-                self._gather(place, named, entering=bound.index == first)
-            output = place.call(block, named, args, kwargs)
-        return self._leave(place, output) if bound.index == last else output
+                self._gather(place, named, entering=entering)
+            parts = place.parts(self._call(place, block, named, args, kwargs))
+        if index == last:
+            parts = self._leave(place, parts)
+        return tuple(parts.values()) if len(parts) > 1 else parts["image"]
+
+    def _call(self, place: Place, block: Callable[..., Any], named: dict[str, Any], args: tuple, kwargs: dict) -> Any:
+        if self.path != "sparse" or torch.compiler.is_compiling():
+            return place.call(block, named, args, kwargs)
+        try:
+            return place.call(block, named, args, kwargs)
+        except RuntimeError as error:
+            advice = hint(place, named, self.num_tokens or 0)
+            if not advice or not any(word in str(error) for word in ("size", "shape", "broadcast")):
+                raise
+            raise RuntimeError(f"{error}\n{advice}") from error
 
     def _in_order(self, index: int) -> None:
         if self.finished:
@@ -100,6 +112,8 @@ class Route:
 
     def _refuse(self) -> None:
         """What cannot work with fewer tokens raises before anything runs."""
+        if not torch.compiler.is_compiling():
+            self._refuse_recomputed()
         if self.path == "full":
             return
         for name, reason in self.state.host.refused.items():
@@ -112,36 +126,79 @@ class Route:
                 "context parallelism splits the tokens before they can be dropped: turn it off on the sparse path"
             )
 
-    def _count(self, place: Place, tokens: Tensor) -> int:
+    def _refuse_recomputed(self) -> None:
+        """A checkpoint around the whole model runs it again in the backward pass, where only torch's own random stream is
+        what it was."""
+        if torch._C._current_graph_task_id() == -1:
+            self.state.latest = self.state.route
+            return
+        drawn = self.generator is not None and (self.drop is not None or (self.state.training and self.state.path_drop > 0))
+        if drawn or self.state.latest != self.state.route:
+            raise RuntimeError(
+                f"a checkpoint around the whole {type(self.model).__name__} recomputes it for the backward pass, where "
+                + ("the generator would draw other tokens" if drawn else "another path is chosen than in the forward pass")
+                + ": checkpoint its blocks instead, sprint.wrap(…, checkpoint=True), or leave generator out and call "
+                "backward inside of the with statement"
+            )
+
+    def _refuse_other_batch(self, place: Place, tokens: Tensor) -> None:
+        """Tokens are dropped along axis 1, and paths along axis 0, which must be the batch."""
+        drops = self.path == "sparse" or (self.state.training and self.state.path_drop > 0)
+        batches = {len(x) for x in self.arguments.values() if isinstance(x, Tensor) and x.ndim > 1}
+        if self.state.declared or not drops or not batches or len(tokens) in batches:
+            return
+        raise ValueError(
+            f"blocks {place.blocks.name!r} got tokens of the shape {tuple(tokens.shape)} for a batch of "
+            f"{', '.join(map(str, sorted(batches)))}, expected (B, N, C): build the blocks with batch_first=True, or, if "
+            f"axis 0 may differ, declare it, sprint.wrap(…, host=sprint.Host((sprint.Blocks({place.blocks.name!r}),)))"
+        )
+
+    def _count(self, tokens: Tensor) -> int:
         if self.state.host.image_tokens is not None:
             return self.state.host.image_tokens(self.model, self.arguments, tokens.shape[1])
         return tokens.shape[1]
 
-    def _enter(self, place: Place, named: dict[str, Any]) -> None:
+    def _enter(self, place: Place, index: int, named: dict[str, Any]) -> None:
         """Capture the encoder's tokens, and draw; a recomputation draws again, for the random stream, and discards."""
+        self.entered = index
         self.length = self.num_tokens or 0  # a recomputation runs backwards, and left the length of the middle
         if self.state.host.image_starts is not None and self.order is None:
-            self.order = self._text_then_image(named[place.image].shape[1])
+            self.order = self._text_then_image(named[place.image])
         image, text = self._split(place.blocks.stream, self._sorted(named[place.image]))
         if place.blocks.text is not None:
             text = named[place.blocks.text]
+        again = self.shallow is not None
+        if again and self.reentrant:
+            self._pay(place, named, image, text)
+        if again and self.generator is not None:
+            return  # no checkpoint has turned it back
         subset, dropped = self.subset, None
-        if self.path == "sparse" and (self.drop is not None):
-            subset = self._draw(self.drop, image)
+        if self.path == "sparse" and self.drop is not None:
+            subset = self.keeper.draw(image)
         if self.path != "shallow" and self.state.training and self.state.path_drop > 0:
             dropped = uniform((len(image),), device=image.device, generator=self.generator) < self.state.path_drop
-        if self.shallow is not None:
+        if again:
             return
         self._split_batch(len(image))
         self.shallow, self.text, self.dropped = image, text, dropped
+        self.captured_outside = torch.is_grad_enabled()
         if subset is not None:
-            self.subset = self._in_cells(subset) if place.blocks.sides else subset
+            self.subset = self.keeper.in_cells(subset) if place.blocks.sides else subset
+
+    def _pay(self, place: Place, named: dict[str, Any], image: Tensor, text: Tensor | None) -> None:
+        """Give the first block's arguments the gradients of what was captured from them."""
+        image = self.debt.pay("image", image)
+        if text is not None:
+            text = self.debt.pay("text", text)
+        if place.blocks.text is not None:
+            named[place.blocks.text], text = text, None
+        named[place.image] = self._unsorted(self._join(place.blocks.stream, image, text))
 
     def _gather(self, place: Place, named: dict[str, Any], *, entering: bool) -> None:
         """Reduce the tokens (at the first block), and every table, to the kept ones."""
         assert self.subset is not None
         if not self.state.declared:
-            self._refuse_undeclared(place, named)
+            refuse_undeclared(place, named, self.num_tokens or 0, model=type(self.model).__name__)
         if entering:
             image, text = self._split(place.blocks.stream, self._sorted(named[place.image]))
             named[place.image] = self._join(place.blocks.stream, self.subset.gather(image), text)
@@ -156,51 +213,72 @@ class Route:
                 self.tables[name] = (value, rows)
             named[name] = self.tables[name][1]
         if place.blocks.sides is not None:
-            group = self._cells()
+            group = self.keeper.cells(self.num_tokens or 0)
             for name, side in zip(place.blocks.sides, group, strict=True):
                 named[name] = named[name] // side
 
-    def _leave(self, place: Place, output: Any) -> Any:
+    def _leave(self, place: Place, parts: dict[str, Any]) -> dict[str, Any]:
         """Restore and fuse after the last middle block; samples that lost their deep path get the encoder's text too."""
-        returned = output if isinstance(output, (tuple, list)) else (output,)
-        if len(returned) != len(place.blocks.returns):
-            raise ValueError(
-                f"blocks {place.blocks.name!r} return {len(returned)} values, declared are {place.blocks.returns}: "
-                "declare what they return, sprint.Blocks(…, returns=…)"
-            )
-        parts: dict[str, Any] = dict(zip(place.blocks.returns, returned, strict=True))
         stream = parts["image"] if self.path == "sparse" else self._sorted(parts["image"])
         image, text = self._split(place.blocks.stream, stream)
         text = parts.get("text", text)
         self.length, self.fused = self.num_tokens or 0, True
         assert self.shallow is not None
-        if self.strong is not None:
+        if self.strong is not None and not self.state.idle:
             image, text = self._all_rows(image, text)
+        shallow, shallow_text = self._captured(image)
+        if self.path == "shallow" or self.strong is not None:
+            self.state.weak_ran = True
         if self.path == "shallow":
-            image = self.state.fusion(self.shallow)
+            image = self.fusion(shallow)
         else:
-            image = self.state.fusion(self.shallow, image, self.subset, dropped=self.dropped)
-            if self.dropped is not None and text is not None and self.text is not None:
-                text = torch.where(self.dropped.view(-1, *[1] * (text.ndim - 1)), self.text, text)
+            image = self.fusion(shallow, image, self.subset, dropped=self.dropped)
+            if self.dropped is not None and text is not None and shallow_text is not None:
+                text = torch.where(self.dropped.view(-1, *[1] * (text.ndim - 1)), shallow_text, text)
         parts["image"] = self._unsorted(self._join(place.blocks.stream, image, text))
         if "text" in parts:
             parts["text"] = text
-        return tuple(parts.values()) if len(parts) > 1 else parts["image"]
+        return parts
 
-    def _draw(self, drop: Drop, image: Tensor) -> TokenSubset:
-        """Draw the kept tokens, and add those that are always kept in front of them and behind."""
-        grid = self._grid()
-        subset = drop.sample(len(image), grid, device=image.device, generator=self.generator)
-        first, last = self._always_kept()
-        if not first + last:
-            return subset
-        places = torch.arange(image.shape[1], device=image.device).expand(len(image), -1)
-        keep = [places[:, :first], subset.keep + first, places[:, image.shape[1] - last :]]
-        return TokenSubset(torch.cat(keep, dim=1), image.shape[1])
+    def _captured(self, image: Tensor) -> tuple[Tensor, Tensor | None]:
+        """The encoder's tokens and text to fuse with; in a reentrant checkpoint, on loan."""
+        assert self.shallow is not None
+        if not self.finished:
+            self.reentrant = self.learns and not torch.is_grad_enabled()
+            if self.reentrant and self.captured_outside:
+                raise RuntimeError(
+                    f"{type(self.model).__name__} checkpoints its last middle block with use_reentrant=True, but not its "
+                    "first one, so that the fusion's gradients would be lost: use use_reentrant=False"
+                )
+        if not (self.finished and self.reentrant):
+            return self.shallow, self.text
+        if self.path == "shallow":  # the tokens that the middle passed on are the captured ones, and lead back to them
+            return image, self.text
+        return self.debt.borrow("image", self.shallow), None if self.text is None else self.debt.borrow("text", self.text)
 
-    def _always_kept(self) -> tuple[int, int]:
-        kept = self.state.host.always_kept
-        return (0, 0) if kept is None else kept(self.model, self.arguments)
+    def _fuse_late(self, place: Place, index: int, named: dict[str, Any]) -> None:
+        """Fuse before a decoder block, because the host skipped the last middle block, or all of them."""
+        self.late = index
+        if self.entered in (-1, index):  # all of them
+            self._enter(place, index, named)
+            image, text = self._split(place.blocks.stream, self._sorted(named[place.image]))
+            if self.path == "sparse":
+                assert self.subset is not None
+                image = self.subset.gather(image)
+                self.length = self.subset.num_kept
+            if self.strong is not None:
+                image, text = image[self.strong], None if text is None else text[self.strong]
+            named[place.image] = self._join(place.blocks.stream, image, text)
+            if self.path != "sparse":
+                named[place.image] = self._unsorted(named[place.image])
+        elif self.path == "sparse":
+            assert self.subset is not None
+            self.length = self.subset.num_kept
+        parts = {"image": named[place.image]}
+        if place.blocks.text is not None:
+            parts["text"] = named[place.blocks.text]
+        for part, value in self._leave(place, parts).items():
+            named[place.argument(part)] = value
 
     def _split_batch(self, batch: int) -> None:
         """Decide whether this batch holds both guidance branches: the same input twice, in two halves."""
@@ -210,7 +288,6 @@ class Route:
         if not isinstance(x, Tensor) or len(x) != batch or not torch.equal(x[: batch // 2], x[batch // 2 :]):
             return
         self.strong = slice(batch // 2, None) if self.state.weak_half == "first" else slice(0, batch // 2)
-        self.state.split_calls += 1
 
     def _take_strong(self, place: Place, named: dict[str, Any]) -> None:
         assert self.shallow is not None
@@ -222,8 +299,8 @@ class Route:
             return value[strong] if isinstance(value, Tensor) and value.ndim and len(value) == batch else value
 
         for name, value in named.items():
-            table = place.blocks.tables.get(name)
-            if table is None or table.batched:
+            tables = place.blocks.tables.get(name, ())
+            if all(table.batched for table in (tables if isinstance(tables, tuple) else (tables,))):
                 named[name] = take(value)
 
     def _all_rows(self, image: Tensor, text: Tensor | None) -> tuple[Tensor, Tensor | None]:
@@ -251,11 +328,11 @@ class Route:
             return image
         return torch.cat([text, image] if stream == "text+image" else [image, text], dim=1)
 
-    def _text_then_image(self, length: int) -> Tensor:
+    def _text_then_image(self, stream: Tensor) -> Tensor:
         """(B, L), the places of each sample's text and padding in a joint stream, and then of its image."""
         assert self.state.host.image_starts is not None
-        starts = self.state.host.image_starts(self.model, self.arguments).view(-1, 1)
-        places = torch.arange(length, device=starts.device)
+        starts = self.state.host.image_starts(self.model, self.arguments).to(stream.device).view(-1, 1)
+        places = torch.arange(stream.shape[1], device=stream.device)
         is_image = (places >= starts) & (places < starts + (self.num_tokens or 0))
         return is_image.int().argsort(dim=1, stable=True)
 
@@ -269,61 +346,3 @@ class Route:
         if self.order is None:
             return stream
         return stream.gather(1, self.order.argsort(dim=1).unsqueeze(-1).expand(-1, -1, stream.shape[-1]))
-
-    def _refuse_undeclared(self, place: Place, named: dict[str, Any]) -> None:
-        per_sample = named[place.image].shape[::2]  # (B, C): a condition
-        for name, value in named.items():
-            for tensor in value if isinstance(value, (tuple, list)) else (value,):
-                if not isinstance(tensor, Tensor) or tensor.ndim < 2 or name == place.image or tensor.shape == per_sample:
-                    continue
-                if self.num_tokens in tensor.shape[:2]:
-                    raise ValueError(
-                        f"argument {name!r} of the blocks has the shape {tuple(tensor.shape)} and seems to "
-                        f"hold one row per token: "
-                        f"declare it, sprint.register({type(self.model).__name__!r}, sprint.Host(blocks=("
-                        f"sprint.Blocks({place.blocks.name!r}, tables={{{name!r}: sprint.Table(…)}}),))), "
-                        "or without the table if it does not"
-                    )
-
-    def _grid(self) -> tuple[int, ...]:
-        """The token grid of the image, from wherever it is known."""
-        num_tokens = (self.num_tokens or 0) - sum(self._always_kept())
-        grid = self.state.grid
-        if grid is None and self.state.host.grid is not None:
-            grid = self.state.host.grid(self.model, self.arguments)
-        if grid is None:
-            x, *_ = *self.arguments.values(), None
-            if isinstance(x, Tensor) and x.ndim == 4 and (x.shape[2] * x.shape[3]) % num_tokens == 0:
-                patch = math.isqrt(x.shape[2] * x.shape[3] // num_tokens)
-                grid = (x.shape[2] // patch, x.shape[3] // patch)
-        if grid is None or math.prod(grid) != num_tokens:
-            if not isinstance(self.drop, StructuredDrop):
-                return (num_tokens,)
-            raise ValueError(
-                f"the token grid of {type(self.model).__name__} is {'unknown' if grid is None else grid} "
-                f"for {num_tokens} tokens: "
-                "give it, sprint.wrap(…, grid=(rows, columns)) or sprint.path(model, 'sparse', grid=…), or use RandomDrop"
-            )
-        return grid
-
-    def _cells(self) -> tuple[int, ...]:
-        if not isinstance(self.drop, StructuredDrop):
-            raise ValueError(
-                f"{type(self.model).__name__} unfolds its tokens into a grid inside its blocks: "
-                "use a drop sampler that keeps one token per group, StructuredDrop(0.75)"
-            )
-        group, kept = self.drop.cells(self._grid())
-        if kept != 1:
-            raise ValueError(
-                f"{type(self.model).__name__} unfolds its tokens into a grid inside its blocks, so one "
-                f"token per group can be kept, "
-                f"got {kept} of {group}: use StructuredDrop(0.75)"
-            )
-        return group
-
-    def _in_cells(self, subset: TokenSubset) -> TokenSubset:
-        """The same tokens in the order of their groups, so that they form a smaller grid."""
-        (rows, columns), (_, width) = self._cells(), self._grid()
-        row, column = subset.keep // width, subset.keep % width
-        order = (row // rows * (width // columns) + column // columns).argsort(dim=1)
-        return TokenSubset(subset.keep.gather(1, order), subset.num_tokens)
