@@ -82,12 +82,14 @@ class SprintPipeline(DiffusionPipeline):
             Images, (B, C, H, W), or a list of PIL images.
 
         Raises:
-            ValueError: labels of another shape or dtype, or an unknown output type.
+            ValueError: labels of another shape or dtype, no step, or an unknown output type.
         """
         if labels.ndim != 1 or labels.dtype != torch.int64:
             raise ValueError(f"labels must be (B,) int64 class ids, got {tuple(labels.shape)} {labels.dtype}")
         if output_type not in ("pt", "latent", "pil"):
             raise ValueError(f"unknown output_type {output_type!r}: choose one of pt, latent, pil")
+        if num_inference_steps < 1:
+            raise ValueError(f"num_inference_steps must be 1 or more, got {num_inference_steps}")
         like = next(self.transformer.parameters())
         labels, model = labels.to(like.device), _Velocity(self.transformer).eval()
         if latents is None:
@@ -133,7 +135,7 @@ class SprintPipeline(DiffusionPipeline):
     def from_pretrained(  # pyright: ignore[reportIncompatibleMethodOverride]
         cls, folder: PathLike, **kwargs: Any
     ) -> "SprintPipeline":
-        """Read what `save_pretrained` wrote; `kwargs` go to the parts of diffusers.
+        """Read what `save_pretrained` wrote; `kwargs` go to the parts of diffusers, and `torch_dtype` to all parts.
 
         Raises:
             FileNotFoundError: no pipeline in this folder.
@@ -150,7 +152,7 @@ class SprintPipeline(DiffusionPipeline):
         kinds = {name: getattr(diffusers, index[name], None) for name in ("scheduler", "vae") if name in index}
         parts = {name: kind.from_pretrained(source / name, **kwargs) for name, kind in kinds.items() if kind is not None}
         if index["transformer"] == "SiT":
-            transformer: Any = SiT.load(source / "transformer" / _WEIGHTS)
+            transformer: Any = SiT.load(source / "transformer" / _WEIGHTS).to(kwargs.get("torch_dtype"))
         else:
             transformer = from_pretrained(getattr(diffusers, index["transformer"]), source / "transformer", **kwargs)
         return cls(transformer.eval(), **parts)

@@ -86,8 +86,20 @@ def test_a_fresh_process_loads_what_was_saved(kind, tmp_path):
     torch.testing.assert_close(torch.load(tmp_path / "images.pt"), expected)
 
 
+def test_dtype_and_device_of_our_model(tmp_path):
+    pipe = pipeline().to("cpu", torch.bfloat16)
+    assert (pipe.device, pipe.dtype, pipe.transformer.dtype) == (torch.device("cpu"), torch.bfloat16, torch.bfloat16)
+    assert pipe(Y, size=(8, 8), num_inference_steps=1, output_type="latent").dtype == torch.bfloat16
+    pipeline().save_pretrained(tmp_path)
+    loaded = SprintPipeline.from_pretrained(tmp_path, torch_dtype=torch.bfloat16)
+    assert loaded.transformer.dtype == torch.bfloat16
+    assert SprintPipeline.from_pretrained(tmp_path).transformer.dtype == torch.float32
+
+
 def test_bad_input(tmp_path):
     pipe = pipeline()
+    with pytest.raises(ValueError, match="num_inference_steps must be 1 or more, got 0"):
+        pipe(Y, size=(8, 8), num_inference_steps=0)
     with pytest.raises(ValueError, match=r"labels must be \(B,\) int64 class ids, got \(3,\) torch.float32"):
         pipe(Y.float(), size=(8, 8))
     with pytest.raises(ValueError, match="unknown output_type 'np': choose one of pt, latent, pil"):
