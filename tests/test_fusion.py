@@ -172,6 +172,8 @@ def test_tokens_that_do_not_fit():
         fusion(shallow, deep[..., :5], subset)
     with pytest.raises(TypeError, match="tokens are torch.float32, the fusion torch.float64: convert"):
         fusion(shallow.float(), deep, subset)
+    with pytest.raises(ValueError, match="tokens are on cpu, the fusion on meta: move it"):
+        SparseDenseResidual(6).to("meta")(torch.randn(1, 2, 6))
     with pytest.raises(ValueError, match="pass the subset that they were gathered with"):
         fusion(shallow, deep)
     with pytest.raises(ValueError, match=r"sparse must have shape \(3, 4, ...\), got \(3, 5, 6\)"):

@@ -44,6 +44,11 @@ class SplitLinear(nn.Module):
     def forward(self, shallow: Tensor | None, *deep: Tensor) -> tuple[Tensor, ...]:
         """`W_f f + b` (or `b` without shallow tokens), and `W_g g` of each of the deep ones."""
         for tokens in (shallow, *deep):
+            if tokens is not None and tokens.device != self.weight.device and not tokens.is_meta:
+                raise ValueError(
+                    f"tokens are on {tokens.device}, the fusion on {self.weight.device}: move it with .to(device); a model "
+                    "that is offloaded must be wrapped before"
+                )
             if tokens is None or tokens.is_meta or torch.is_autocast_enabled(tokens.device.type):
                 continue
             if tokens.dtype != self.weight.dtype:

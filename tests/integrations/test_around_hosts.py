@@ -77,12 +77,15 @@ def test_guidance_on_a_peft_model():
     torch.testing.assert_close(guidance(adapted, x, 0.5, y), guidance(model, x, 0.5, y))
 
 
+@pytest.mark.parametrize(
+    "offload", [{"offload_type": "block_level", "num_blocks_per_group": 1}, {"offload_type": "leaf_level"}]
+)
 @torch.no_grad()
-def test_offloading_before_wrapping():
+def test_offloading_before_wrapping(offload):
     model, arguments = CASES["sd3"]()
     plain = sprint.wrap(CASES["sd3"]()[0], drop=StructuredDrop(0.75), init="xavier")
     cpu = torch.device("cpu")
-    model.enable_group_offload(onload_device=cpu, offload_device=cpu, offload_type="leaf_level")
+    model.enable_group_offload(onload_device=cpu, offload_device=cpu, **offload)
     sprint.wrap(model, drop=StructuredDrop(0.75), init="xavier")
     model.sprint.load_state_dict(plain.sprint.state_dict())
     for name in ("full", "sparse", "shallow"):

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from sprint.fusion import SparseDenseResidual
+from sprint.fusion import MaskRestore, SparseDenseResidual, TokenRouting
 from sprint.hosts.paths import path
 from sprint.hosts.state import SprintState, find_wrapped, state_of
 from sprint.random import Device, uniform
@@ -91,7 +91,7 @@ def check(model: nn.Module, *args: Any, tolerance: float = 1e-4, repeats: int = 
         ValueError: something that must hold does not; the message is the whole report.
     """
     host, state = find_wrapped(model)
-    grids = state.grid
+    grids, fusion = state.grid, host.sprint.fusion
 
     def run(name: Any, **route: Any) -> Any:
         with path(model, name, grid=grids, **route):
@@ -103,7 +103,7 @@ def check(model: nn.Module, *args: Any, tolerance: float = 1e-4, repeats: int = 
             perturbed = not _middle_matters(run, state, tolerance)
             with _perturbed(host) if perturbed else nullcontext():
                 blind = perturbed and not _middle_matters(run, state, tolerance)
-                findings = [_identity(run, state), _order(run, state, tolerance, perturbed=perturbed, blind=blind)]
+                findings = [_identity(run, state, fusion), _order(run, state, tolerance, perturbed=perturbed, blind=blind)]
                 findings += _outputs(run, state)
             findings.append(_middle_calls(host, state, run))
         with torch.enable_grad():
@@ -198,7 +198,7 @@ def first_tensor(output: Any) -> Tensor:
     return output
 
 
-def _identity(run: Callable[..., Any], state: SprintState) -> Finding:
+def _identity(run: Callable[..., Any], state: SprintState, fusion: nn.Module) -> Finding:
     name = "full path = the host itself"
     full = first_tensor(run("full"))
     state.bypassed = True
@@ -207,15 +207,17 @@ def _identity(run: Callable[..., Any], state: SprintState) -> Finding:
     finally:
         state.bypassed = False
     difference = _difference(host, full)
-    if not _is_identity(state.fusion):
+    if not _is_identity(fusion):
         return Finding(name, None, f"the fusion is not the identity (any more): relative difference {difference:.1e}")
     return Finding(name, full.equal(host), "bit by bit" if full.equal(host) else f"relative difference {difference:.1e}")
 
 
 def _is_identity(fusion: nn.Module) -> bool:
     """Whether the fusion hands all deep tokens on as they are."""
+    if isinstance(fusion, TokenRouting | MaskRestore):
+        return True  # by construction
     if not isinstance(fusion, SparseDenseResidual):
-        return True  # routing and mask do, by construction
+        return False  # an adapter's
     deep, *others = fusion.proj.weight.split(fusion.dim, dim=1)
     identity = torch.eye(fusion.dim, device=deep.device, dtype=deep.dtype)
     return deep.equal(identity) and not any(other.any() for other in (*others, fusion.proj.bias))

@@ -52,7 +52,7 @@ def own_state(model: nn.Module) -> SprintState | None:
     return state if isinstance(state, SprintState) else None
 
 
-def find_wrapped(model: Any) -> tuple[nn.Module, SprintState]:
+def find_wrapped(model: Any) -> tuple[Any, SprintState]:
     """The wrapped model and its state: the model itself, or the one inside of what holds it.
 
     Raises:
