@@ -95,7 +95,8 @@ def test_blocks_are_themselves_in_the_loop():
         for i, block in enumerate(model.blocks):
             assert isinstance(block, hosts.Block)
             assert isinstance(block, nn.Module)
-            block.seen = i
+            block.seen = block.index = block.place = i  # names of no meaning to us
+            assert block.index == i
             block.gone = True
             del block.gone
             tokens = block(tokens, cond) if isinstance(block, hosts.Block) else tokens
@@ -103,7 +104,7 @@ def test_blocks_are_themselves_in_the_loop():
 
     model = wrapped(Loop(call).eval())
     assert sprint.check(model, X, T).ok
-    assert [block.seen for block in model.blocks] == [*range(6)]
+    assert [(block.seen, block.index, block.place) for block in model.blocks] == [(i, i, i) for i in range(6)]
     assert not hasattr(model.blocks[0], "gone")
     torch.compiler.reset()
     expected = model(X, T)
@@ -230,6 +231,19 @@ def test_unwrapping_what_was_changed_since():
         sprint.unwrap(model)
     assert lengths(model, X, T) == [4, 4]
     nn.utils.parametrize.remove_parametrizations(model, "scale")
+
+
+def test_fully_shard_comes_after_wrapping():
+    fsdp = pytest.importorskip("torch.distributed.fsdp").FSDPModule
+    model = hosts.DiT()
+    model.__class__ = type("FSDPDiT", (fsdp, hosts.DiT), {})
+    with pytest.raises(ValueError, match=r"sharded already.*wrap it before fully_shard\(model\)"):
+        wrapped(model)
+    model.__class__ = hosts.DiT
+    wrapped(model).__class__ = type("FSDPDiT", (fsdp, type(model)), {})
+    with pytest.raises(ValueError, match="the class of this FSDPDiT was changed after it was wrapped"):
+        sprint.unwrap(model)
+    assert "sprint" in model._modules
 
 
 def test_replaced_blocks():

@@ -135,6 +135,18 @@ def test_the_half_of_a_batch_is_seen_whatever_the_order_of_arguments():
     assert rows == [1]
 
 
+@pytest.mark.parametrize("skipped", [[2], [3], [1, 2, 3]])
+@torch.no_grad()
+def test_skipped_layers_of_sd3(skipped):
+    model, arguments = CASES["sd3"]()
+    expected = first_tensor(model(**arguments, skip_layers=skipped))
+    sprint.wrap(model, drop=StructuredDrop(0.75))
+    assert first_tensor(model(**arguments, skip_layers=skipped)).equal(expected)
+    for name in ("sparse", "shallow"):
+        with sprint.path(model, name):
+            assert first_tensor(model(**arguments, skip_layers=skipped)).isfinite().all()
+
+
 def test_an_announced_call_that_takes_no_route_is_noticed():
     model, _ = CASES["wan"]()
     sprint.wrap(model)

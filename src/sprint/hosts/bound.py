@@ -6,7 +6,7 @@ A bound block is its block in all else: attributes are read, set and deleted the
 import operator
 from collections.abc import Callable, Iterator
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import nn
@@ -17,32 +17,40 @@ if TYPE_CHECKING:
     from sprint.hosts.route import Route
 
 
-class Bound:
-    """A block on its route; make one with `bind`."""
+class Stop(NamedTuple):
+    """A block and where it stands on a route."""
 
     block: nn.Module
     place: Place
-    index: int
+    number: int
     route: "Route"
 
-    def __init__(self, block: nn.Module, place: Place, index: int, route: "Route") -> None:
-        self.__dict__.update(block=block, place=place, index=index, route=route)
+
+class Bound:
+    """A block on its route; make one with `bind`. It keeps one attribute of its own, whose name no block has."""
+
+    _sprint: Stop
+
+    def __init__(self, stop: Stop) -> None:
+        self.__dict__["_sprint"] = stop
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        return self.route.step(self, self.block, args, kwargs)
+        stop = self._sprint
+        return stop.route.step(stop, stop.block, args, kwargs)
 
     def checkpointed(self, recompute: Callable[..., Any], args: tuple, kwargs: dict) -> Any:
         """The step with only the block itself inside the checkpoint; what is drawn and captured stays outside."""
-        return self.route.step(self, partial(recompute, self.block), args, kwargs)
+        stop = self._sprint
+        return stop.route.step(stop, partial(recompute, stop.block), args, kwargs)
 
     def __getattr__(self, name: str) -> Any:
-        return getattr(self.block, name)
+        return getattr(self._sprint.block, name)
 
     def __setattr__(self, name: str, value: Any) -> None:
-        setattr(self.block, name, value)
+        setattr(self._sprint.block, name, value)
 
     def __delattr__(self, name: str) -> None:
-        delattr(self.block, name)
+        delattr(self._sprint.block, name)
 
 
 _KINDS: dict[type, type[Bound]] = {}  # by the block's class; torch.compile can look them up, but not make them
@@ -58,7 +66,7 @@ def kind_of(block: nn.Module) -> type[Bound]:
 
 def bind(block: nn.Module, place: Place, index: int, route: "Route") -> Any:
     """The block on its route."""
-    return kind_of(block)(block, place, index, route)
+    return kind_of(block)(Stop(block, place, index, route))
 
 
 class BoundList:

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from sprint.hosts.bound import Bound
+from sprint.hosts.bound import Stop
 from sprint.hosts.declare import Arguments, Stream
 from sprint.hosts.keep import Keeper
 from sprint.hosts.places import Place
@@ -55,12 +55,12 @@ class Route:
         self.single: dict[str, tuple[Place, int]] = {}  # runs of a single block, by attribute
         self._refuse()
 
-    def step(self, bound: Bound, block: Callable[..., Any], args: tuple, kwargs: dict) -> Any:
+    def step(self, stop: Stop, block: Callable[..., Any], args: tuple, kwargs: dict) -> Any:
         """Call one block of the model."""
-        place, index, first, last = bound.place, bound.index, self.state.first, self.state.last
+        place, index, first, last = stop.place, stop.number, self.state.first, self.state.last
         if self.state.checkpoint and torch.is_grad_enabled():
             # Blocks that draw nothing need no random state, which a CUDA graph could not read.
-            keep = torch.compiler.is_compiling() or draws(bound.block)
+            keep = torch.compiler.is_compiling() or draws(stop.block)
             block = partial(checkpoint, block, use_reentrant=False, preserve_rng_state=keep)
         named = place.named(args, kwargs)
         self._in_order(index)

@@ -118,6 +118,11 @@ def _check_model(model: Any) -> None:
     for name in ("_orig_mod", "module"):
         if name in model._modules and len(model._modules) == 1:
             raise ValueError(f"wrap the model before {type(model).__name__}: sprint.wrap(model.{name}, …) and make it again")
+    if any(base.__name__ == "FSDPModule" for base in type(model).__mro__):
+        raise ValueError(
+            "this model is sharded already, so that nobody would share out the gradients of its fusion: wrap it before "
+            "fully_shard(model) (its blocks may be sharded before)"
+        )
     if hasattr(type(model), "sprint") or "sprint" in model._modules:
         raise ValueError(f"{type(model).__name__} has an attribute `sprint` of its own, where wrap keeps its parameters")
 
