@@ -74,11 +74,13 @@ class _Shuffled:
 
 
 def check(model: nn.Module, *args: Any, tolerance: float = 1e-4, repeats: int = 3, **kwargs: Any) -> Report:
-    """Run a wrapped model on each path and verify what must hold; parameters, modes, path and
-    random streams stay as they were.
+    """Run a wrapped model on each path and verify what must hold.
+
+    Parameters, modes, path and random streams stay as they were. Where the output shows nothing of the middle blocks, as
+    in a fresh model with zero gates, parameters are perturbed meanwhile, and a copy of them is held.
 
     Args:
-        model: wrapped.
+        model: wrapped, also behind what `sprint.path` finds it behind.
         *args: arguments of its forward; a batch of 2 or more sees more.
         tolerance: largest difference relative to the largest output; wider for bf16.
         repeats: timed runs of each kind, of which the median is given.
