@@ -148,6 +148,28 @@ def test_what_tells_calls_apart():
     assert fast(x, 1).dtype == torch.float32
 
 
+class Around(torch.nn.Module):
+    def __init__(self, model):
+        super().__init__()
+        self.transformer = model
+
+    def forward(self, *args):
+        return self.transformer(*args)
+
+    def null_condition(self, batch):
+        return None
+
+
+def test_the_path_of_a_model_inside_is_found():
+    x, t = torch.randn(2, 3, 8, 8), torch.tensor([0.3, 0.7])
+    model = sprint.wrap(hosts.DiT().eval(), init="xavier")
+    guidance = SparseGuidance(2.0, drop=StructuredDrop(1 / 4))
+    assert guidance(Around(CapturedModel(model)), x, 0.5, None).shape == x.shape
+    with sprint.path(CapturedModel(model), "shallow"):
+        shallow = model(x, t)
+    assert not shallow.equal(model(x, t))
+
+
 def test_it_has_the_models_attributes():
     fast = CapturedModel(Squares())
     assert fast.config == {"size": 3}

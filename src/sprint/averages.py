@@ -49,9 +49,9 @@ class Averages(Part):
                 self._following.setdefault(parameter, average)
         return self._following
 
-    def options(self) -> Hashable:
+    def look(self) -> tuple[Hashable, Hashable]:
         """How many follow."""
-        return len(self.following())
+        return len(self.following()), None
 
     @torch.no_grad()
     def follow(self) -> None:

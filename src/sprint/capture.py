@@ -142,7 +142,8 @@ class Graphs:
     def __call__(self, *args: Any, **kwargs: Any) -> tuple[Any, bool]:
         """Call the function; returns its output, and whether a graph did it."""
         leaves, structure = pytree.tree_flatten((args, kwargs))
-        signature = (str(structure), *[_of(leaf) for leaf in leaves], _modes(self.device), self.state.options())
+        options, memory = self.state.look()
+        signature = (str(structure), *[_of(leaf) for leaf in leaves], _modes(self.device), options)
         try:
             entry = self.entries.setdefault(signature, _Entry())
         except TypeError:
@@ -150,7 +151,7 @@ class Graphs:
             self.say(f"an argument is neither a tensor nor hashable ({', '.join(names)})")
             return self._on_stream(args, kwargs), False
         self._forget()
-        moved = self._moved()
+        moved = self._moved(memory)
         entry.calls += 1
         if entry.graph is None:
             ready = not moved and not entry.plain and entry.calls > self.warmup
@@ -170,10 +171,9 @@ class Graphs:
             self._said.add(reason)
             warnings.warn(f"not captured in a CUDA graph, runs as plain code: {reason}", RuntimeWarning, stacklevel=5)
 
-    def _moved(self) -> bool:
+    def _moved(self, memory: Hashable) -> bool:
         """Whether something is elsewhere in memory than it was after the last call; then all graphs are dropped."""
-        memory, before = self.state.memory(), self.memory
-        self.memory = memory
+        before, self.memory = self.memory, memory
         if before is None or memory == before:
             return False
         self._drop()
@@ -198,7 +198,7 @@ class Graphs:
                 output = graph.capture(lambda: self.function(*args, **kwargs), generators)
                 if reason := _opaque(output):
                     raise RuntimeError(reason)
-                if self.state.memory() != self.memory:
+                if self.state.look()[1] != self.memory:
                     raise RuntimeError("the call replaces parameters, buffers or optimizer states: change them in place")
         except Exception as error:  # whatever the user's code does that a graph cannot
             self._drop()  # random numbers of earlier graphs may have lost their generator
@@ -245,7 +245,7 @@ class Graphs:
                 self._leave(entry, f"it waits for the device ({waits[-1]}): keep values there, without .item() or .cpu()")
         if not entry.plain and (reason := _opaque(output)):
             self._leave(entry, reason)
-        self._moved()  # optimizer states are made in their first step
+        self._moved(self.state.look()[1])  # optimizer states are made in their first step
         return output
 
     def _on_stream(self, args: tuple, kwargs: dict[str, Any]) -> Any:
@@ -283,17 +283,17 @@ def _waits() -> Iterator[list[str]]:
     if torch.cuda.get_sync_debug_mode():
         yield found  # the user is looking for them
         return
-    torch.cuda.set_sync_debug_mode("warn")
-    try:
-        with warnings.catch_warnings(record=True) as caught:
-            warnings.simplefilter("always")
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        torch.cuda.set_sync_debug_mode("warn")
+        try:
             yield found
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
     for warning in caught:
         if "synchronizing CUDA operation" in str(warning.message):
             found.append(f"{Path(warning.filename).name}, line {warning.lineno}")
-        elif "Synchronization debug mode" not in str(warning.message):
+        elif "ynchronization debug mode" not in str(warning.message):  # what torch says of the mode itself
             warnings.warn_explicit(warning.message, warning.category, warning.filename, warning.lineno)
 
 

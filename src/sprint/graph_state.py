@@ -20,13 +20,14 @@ RESTLESS = 16  # changes of an option, before it counts as one that always chang
 class Part:
     """Something that a captured call depends on: a part of a `sprint.capture.State`."""
 
-    def options(self) -> Hashable:
-        """Modes and options; each combination has its own graph."""
-        return None
+    def look(self) -> tuple[Hashable, Hashable]:
+        """How it is now.
 
-    def memory(self) -> Hashable:
-        """Where the tensors are that a graph reads and writes: when this changes, no graph holds."""
-        return None
+        Returns:
+            Modes and options, each combination of which has its own graph; and where the tensors are that a graph reads and
+            writes, for when that changes no graph holds.
+        """
+        return None, None
 
     def obstacle(self) -> str | None:
         """Why no graph can hold this, if so; asked before a capture."""
@@ -47,13 +48,10 @@ class Together(Part):
     def __init__(self, *parts: Part) -> None:
         self.parts = parts
 
-    def options(self) -> Hashable:
-        """Of all."""
-        return tuple([part.options() for part in self.parts])
-
-    def memory(self) -> Hashable:
-        """Of all."""
-        return tuple([part.memory() for part in self.parts])
+    def look(self) -> tuple[Hashable, Hashable]:
+        """At all."""
+        options, memory = zip(*[part.look() for part in self.parts], strict=True)
+        return options, memory
 
     def obstacle(self) -> str | None:
         """The first."""
@@ -69,10 +67,10 @@ class Together(Part):
 
 
 class ModelState(Part):
-    """Of a pass through a model: the modes of its modules, the path it was told to take, where its weights are."""
+    """Of a pass through models: the modes of their modules, the path they were told to take, where their weights are."""
 
-    def __init__(self, model: nn.Module) -> None:
-        self.modules = list(model.modules())
+    def __init__(self, *models: nn.Module) -> None:
+        self.modules = [module for model in models for module in model.modules()]
         routed = [module for module in self.modules if any(hasattr(module, name) for name in ROUTES[:2])]
         self.named = [(module, name) for module in routed for name in ROUTES]
         for module in self.modules:
@@ -82,15 +80,12 @@ class ModelState(Part):
         # The dictionaries themselves, so that a parameter put in another's place is seen.
         self.tensors = [held for module in self.modules for held in (module._parameters, module._buffers) if held]
 
-    def options(self) -> Hashable:
-        """Modes, path and flags, and which weights are trained."""
+    def look(self) -> tuple[Hashable, Hashable]:
+        """Modes, path and flags, which weights are trained; where weights and buffers are."""
+        tensors = [tensor for held in self.tensors for tensor in held.values() if tensor is not None]
         named = tuple([getattr(module, name, None) for module, name in self.named])
         training = tuple([module.training for module in self.modules])
-        return named, training, tuple([t.requires_grad for held in self.tensors for t in held.values() if t is not None])
-
-    def memory(self) -> Hashable:
-        """Where weights and buffers are."""
-        return places([tensor for held in self.tensors for tensor in held.values() if tensor is not None])
+        return (named, training, tuple([tensor.requires_grad for tensor in tensors])), places(tensors)
 
     def generators(self) -> list[torch.Generator]:
         """Of the path."""
@@ -105,10 +100,11 @@ class OptimizerState(Part):
     Args:
         optimizer: of torch, or with its interface.
         device: where its parameters are.
+        looked_at: parameters whose memory others look at.
     """
 
-    def __init__(self, optimizer: torch.optim.Optimizer, device: torch.device) -> None:
-        self.optimizer, self.device = optimizer, device
+    def __init__(self, optimizer: torch.optim.Optimizer, device: torch.device, looked_at: Iterable[Tensor] = ()) -> None:
+        self.optimizer, self.device, self.looked_at = optimizer, device, {id(parameter) for parameter in looked_at}
         self.rates: list[Tensor] = []
         self.last: list[dict[str, Any]] = []
         self.changes: Counter[str] = Counter()
@@ -133,23 +129,24 @@ class OptimizerState(Part):
             if isinstance(self.optimizer, torch.optim.SGD) and not group["fused"] and not group["differentiable"]:
                 group["fused"], group["foreach"] = True, False  # its other forms read the rate on the host
 
-    def options(self) -> Hashable:
-        """Of its groups, all but the rates."""
+    def look(self) -> tuple[Hashable, Hashable]:
+        """Options of its groups, all but the rates; which parameters and states it has, for loaded ones are others."""
         now = [{key: value for key, value in g.items() if _is_option(key, value)} for g in self.optimizer.param_groups]
         if now != self.last:
             self.changes.update(
                 {key for old, new in zip(self.last, now, strict=False) for key in new if old.get(key) != new[key]}
             )
             self.last = now
-        return tuple([tuple(group.items()) for group in now])
-
-    def memory(self) -> Hashable:
-        """Where parameters and states are; a state that is loaded comes in new dictionaries."""
+        options = tuple([tuple(group.items()) for group in now])
         states: Any = self.optimizer.state.values()
         ends = (next(iter(states), {}), next(reversed(states), {}))
         tensors = [value for state in ends for value in state.values() if isinstance(value, Tensor)]
-        tensors += [parameter for group in self.optimizer.param_groups for parameter in group["params"]]
-        return id(self.optimizer.state), tuple(map(id, states)), tuple(map(len, states)), places(tensors)
+        parameters = [parameter for group in self.optimizer.param_groups for parameter in group["params"]]
+        ids = tuple(map(id, parameters))
+        if not self.looked_at.issuperset(ids):
+            tensors += [parameter for parameter in parameters if id(parameter) not in self.looked_at]
+        counts = ids, tuple(map(id, states)), tuple(map(len, states))
+        return options, (id(self.optimizer.state), counts, places(tensors))
 
     def obstacle(self) -> str | None:
         """States that a replay would not see change."""
@@ -173,7 +170,7 @@ class OptimizerState(Part):
 def places(tensors: Iterable[Tensor]) -> Hashable:
     """Where tensors are."""
     try:
-        return tuple([tensor.data_ptr() for tensor in tensors])
+        return tuple(map(Tensor.data_ptr, tensors))
     except RuntimeError:  # of a subclass that has no memory of its own
         return tuple([id(tensor) for tensor in tensors])
 

@@ -36,8 +36,7 @@ class Shadows:
             if parameter not in self.copies:
                 self.copies[parameter] = nn.Parameter(parameter.detach().to(dtype), parameter.requires_grad)
             self.places.append((module, name, parameter, self.copies[parameter]))  # pyright: ignore[reportArgumentType]
-        self.known: list[tuple[int, int]] = []
-        self.remember()
+        self.memory, self.versions = self._places(), self._versions()
 
     def __enter__(self) -> None:
         for module, name, parameter, copy in self.places:
@@ -51,14 +50,16 @@ class Shadows:
 
     def remember(self) -> None:
         """The weights are now what their copies are of."""
-        self.known = self._now()
+        self.versions = self._versions()
 
     @torch.no_grad()
     def refresh(self, *, always: bool = False) -> None:
         """Copy again if a weight was changed from outside."""
-        if always or self._now() != self.known:
+        places = self._places()
+        if always or self._versions() != self.versions or places != self.memory:
             for parameter, copy in self.copies.items():
                 copy.copy_(parameter)
+            self.memory = places
             self.remember()
 
     def release(self) -> None:
@@ -66,8 +67,11 @@ class Shadows:
         for copy in self.copies.values():
             copy.grad = None
 
-    def _now(self) -> list[tuple[int, int]]:
-        return [(parameter._version, parameter.data_ptr()) for parameter in self.copies]
+    def _versions(self) -> list[int]:
+        return [parameter._version for parameter in self.copies]
+
+    def _places(self) -> list[int]:
+        return list(map(Tensor.data_ptr, self.copies))
 
 
 def _hooked(parameter: Tensor) -> bool:

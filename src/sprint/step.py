@@ -121,11 +121,12 @@ class TrainStep:
         self._window = Window(accumulate, fixed=captures and cannot is None)
         self.accumulated = self._filled = 0
         if captures:
-            optimizer_state = OptimizerState(optimizer, self.device)
+            models = [part for part in (model, loss) if isinstance(part, nn.Module)]
+            optimizer_state = OptimizerState(optimizer, self.device, [p for each in models for p in each.parameters()])
             graphs = Graphs(
                 self._run,
                 device=self.device,
-                state=Together(ModelState(model), optimizer_state, self._averages),
+                state=Together(ModelState(*models), optimizer_state, self._averages),
                 recording=self._recording,
                 warmup=warmup,
                 limit=limit * min(accumulate, 3),  # the first, the middle and the last of a window differ
