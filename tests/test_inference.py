@@ -148,6 +148,23 @@ def test_what_tells_calls_apart():
     assert fast(x, 1).dtype == torch.float32
 
 
+def test_a_pipeline_of_diffusers_takes_it():
+    diffusers = pytest.importorskip("diffusers")
+    model = diffusers.DiTTransformer2DModel(
+        num_attention_heads=1, attention_head_dim=8, in_channels=4, out_channels=8, num_layers=3, sample_size=8
+    ).eval()
+    parts = {"down_block_types": ("DownEncoderBlock2D",), "up_block_types": ("UpDecoderBlock2D",)}
+    vae = diffusers.AutoencoderKL(latent_channels=4, block_out_channels=(32,), **parts)
+    images = []
+    for transformer in (model, CapturedModel(model, warmup=1, make_graph=RecordedGraph)):
+        pipe = diffusers.DiTPipeline(transformer=transformer, vae=vae, scheduler=diffusers.DDIMScheduler())
+        pipe.set_progress_bar_config(disable=True)
+        generator = torch.Generator().manual_seed(0)
+        images.append(pipe([1, 2], num_inference_steps=3, generator=generator, output_type="np").images)
+    torch.testing.assert_close(*map(torch.from_numpy, images))
+    assert RecordedGraph.made == 1
+
+
 class Around(torch.nn.Module):
     def __init__(self, model):
         super().__init__()
