@@ -1,7 +1,9 @@
 """What a captured step depends on besides its arguments, when it is captured anew, and what is refused, with the reason."""
 
+import contextlib
 import copy
 import warnings
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -10,7 +12,9 @@ from recording import RecordedGraph
 from torch import nn
 
 import sprint.sit
-from sprint import FlowMatchingLoss, StructuredDrop, TrainStep
+from sprint import FlowMatchingLoss, StructuredDrop, TrainStep, capture
+from sprint.capture import CudaGraph, Graphs
+from sprint.graph_state import Part
 
 CAPTURED = {"make_graph": RecordedGraph, "warmup": 1}
 
@@ -172,3 +176,72 @@ def test_named_tuples_and_their_metrics():
     _, _, step = small(loss=lambda model, x: Both(loss(model, x), x.sum()))
     assert step(X).metrics["size"] == 6
     assert step(2 * X).metrics["size"] == 12
+
+
+def test_a_call_that_waits_for_the_device_is_not_tried(monkeypatch):
+    """Where the library itself waits at first (it compiles), the warm-up is longer."""
+    monkeypatch.setattr(torch.cuda, "get_sync_debug_mode", lambda: 0)
+    monkeypatch.setattr(torch.cuda, "set_sync_debug_mode", lambda mode: None)
+    monkeypatch.setattr(Graphs, "_on_stream", lambda self, args, kwargs: self.function(*args, **kwargs))
+    waits = {"compiles": 2, "reads": 99}
+
+    def function(x, name):
+        waits[name] -= 1
+        if waits[name] >= 0:
+            warnings.warn("called a synchronizing CUDA operation", stacklevel=1)
+        return x + 1
+
+    graphs = Graphs(function, device=torch.device("cpu"), state=Part(), **CAPTURED)
+    graphs.stream = object()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert [graphs(X, "compiles")[1] for _ in range(5)] == [False, False, False, True, True]
+    with pytest.warns(RuntimeWarning, match=r"it waits for the device \(test_capturing.py, line") as caught:
+        assert not any(graphs(X, "reads")[1] for _ in range(6))
+    assert len([each for each in caught if each.category is RuntimeWarning]) == 1
+
+
+class _BrokenCapture:
+    """As torch.cuda.graph: where the capture was invalidated, its end fails too, before the stream is restored."""
+
+    def __init__(self, graph, *, pool, stream, capture_error_mode):
+        self.pool = pool
+
+    def __enter__(self):
+        assert self.pool not in _BrokenCapture.recording
+        _BrokenCapture.recording.add(self.pool)
+
+    def __exit__(self, kind, *rest):
+        if kind is not None:
+            raise RuntimeError("the end of the capture failed")
+        _BrokenCapture.recording.discard(self.pool)
+
+
+def test_a_broken_capture_leaves_its_pool_and_gives_the_first_reason(monkeypatch):
+    _BrokenCapture.recording, left, revived = set(), [], []
+    monkeypatch.setattr(CudaGraph, "_pool", None)
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", object)
+    monkeypatch.setattr(torch.cuda, "graph_pool_handle", object)
+    monkeypatch.setattr(torch.cuda, "graph", _BrokenCapture)
+    monkeypatch.setattr(
+        torch.cuda, "stream", lambda stream: contextlib.closing(SimpleNamespace(close=lambda: left.append(1)))
+    )
+    monkeypatch.setattr(capture, "_draw_again", revived.append)
+    stream = SimpleNamespace(device=torch.device("cuda", 0))
+    with pytest.raises(ZeroDivisionError):
+        CudaGraph(stream).capture(lambda: 1 / 0, [])
+    assert CudaGraph(stream).capture(lambda: 2, []) == 2
+    assert len(left) == 2  # the outer context restores the stream in any case
+    assert revived == [stream.device]
+
+
+def test_the_stand_in_keeps_no_outside_memory_alive():
+    outside, graph = [torch.ones(3)], RecordedGraph()
+    output = graph.capture(lambda: outside[0].mul_(2) + 1, [])
+    assert outside[0].equal(torch.ones(3))  # a capture runs nothing
+    assert output.isnan().all()
+    assert graph.replay().equal(torch.full((3,), 3.0))
+    assert graph.replay().equal(torch.full((3,), 5.0))
+    outside.clear()
+    with pytest.raises(RuntimeError, match="memory that was freed"):
+        graph.replay()
