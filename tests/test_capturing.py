@@ -58,6 +58,7 @@ def test_loaded_optimizer_states_are_captured_anew_however_often():
     for _ in range(12):
         optimizer.load_state_dict(copy.deepcopy(state))
         assert [step(X).captured for _ in range(3)] == [False, True, True]
+        assert optimizer.param_groups[0]["capturable"]
         assert optimizer.state[step.parameters[0]]["step"] == 3 + state["state"].get(0, {}).get("step", 0)
         state = copy.deepcopy(optimizer.state_dict())
         state["param_groups"][0]["capturable"] = False
@@ -178,6 +179,7 @@ def test_named_tuples_and_their_metrics():
     assert step(2 * X).metrics["size"] == 12
 
 
+@pytest.mark.filterwarnings("ignore:called a synchronizing")
 def test_a_call_that_waits_for_the_device_is_not_tried(monkeypatch):
     """Where the library itself waits at first (it compiles), the warm-up is longer."""
     monkeypatch.setattr(torch.cuda, "get_sync_debug_mode", lambda: 0)
@@ -219,7 +221,6 @@ class _BrokenCapture:
 
 def test_a_broken_capture_leaves_its_pool_and_gives_the_first_reason(monkeypatch):
     _BrokenCapture.recording, left, revived = set(), [], []
-    monkeypatch.setattr(CudaGraph, "_pool", None)
     monkeypatch.setattr(torch.cuda, "CUDAGraph", object)
     monkeypatch.setattr(torch.cuda, "graph_pool_handle", object)
     monkeypatch.setattr(torch.cuda, "graph", _BrokenCapture)
@@ -230,8 +231,15 @@ def test_a_broken_capture_leaves_its_pool_and_gives_the_first_reason(monkeypatch
     stream = SimpleNamespace(device=torch.device("cuda", 0))
     with pytest.raises(ZeroDivisionError):
         CudaGraph(stream).capture(lambda: 1 / 0, [])
-    assert CudaGraph(stream).capture(lambda: 2, []) == 2
-    assert len(left) == 2  # the outer context restores the stream in any case
+    good = CudaGraph(stream)
+    assert good.capture(lambda: 2, []) == 2
+    pool = CudaGraph._pool
+    CudaGraph(stream).capture(lambda: 3, [])
+    assert CudaGraph._pool is pool  # shared, while a graph of it is there
+    del good
+    CudaGraph(stream).capture(lambda: 4, [])
+    assert CudaGraph._pool is not pool
+    assert len(left) == 4  # the outer context restores the stream in any case
     assert revived == [stream.device]
 
 

@@ -148,6 +148,12 @@ def test_a_failed_capture_leaves_the_process_usable():
     torch.cuda.manual_seed(0)
     torch.testing.assert_close(again.replay(), expected)
     torch.testing.assert_close(first.replay(), x + 1)
+    kept = again.output
+    del first, again
+    anew = CudaGraph(stream)
+    anew.capture(lambda: x + 2, [])  # though the pool of the graphs that are gone still holds a tensor
+    torch.testing.assert_close(anew.replay(), x + 2)
+    assert kept.shape == (4,)
 
 
 @pytest.mark.parametrize("optimizer", [torch.optim.SGD, torch.optim.AdamW, sprint.AdamW])

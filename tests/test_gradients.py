@@ -153,6 +153,8 @@ def test_weights_changed_through_data():
     step = TrainStep(model, loss, AdamW(model.parameters(), lr=0.0), **BF16)
     before = step(batch(0)).loss
     model[1].weight.data = 2 * model[1].weight.data  # elsewhere in memory: seen
+    step(batch(0))
+    assert step._shadows.copies[model[1].weight].equal(model[1].weight.bfloat16())
     model[1].bias.data.mul_(2)  # in place: not, so that it has to be said
     step.refresh()
     torch.testing.assert_close(step(batch(0)).loss, 4 * before, rtol=2e-2, atol=1e-3)  # bfloat16

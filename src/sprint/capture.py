@@ -10,11 +10,12 @@ cannot be captured stays plain code, and says so once, with the reason.
 """
 
 import warnings
+import weakref
 from collections.abc import Callable, Hashable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, ClassVar, Protocol
 
 import torch
 from torch import Tensor
@@ -43,14 +44,15 @@ class Graph(Protocol):
 class CudaGraph:
     """A `torch.cuda.CUDAGraph`; all of them share one pool of memory, since only one runs at a time."""
 
-    _pool: Any = None
+    _pool: ClassVar[Any] = None
+    _sharing: ClassVar["weakref.WeakSet[CudaGraph]"] = weakref.WeakSet()
 
     def __init__(self, stream: Any) -> None:
         self.graph, self.stream, self.output = torch.cuda.CUDAGraph(), stream, None
 
     def capture(self, function: Callable[[], Any], generators: list[torch.Generator]) -> Any:
         """Record what `function` launches; nothing runs yet."""
-        if CudaGraph._pool is None:
+        if not CudaGraph._sharing:  # torch takes no capture into a pool whose graphs are all gone
             CudaGraph._pool = torch.cuda.graph_pool_handle()
         for generator in generators:
             self.graph.register_generator_state(generator)
@@ -68,12 +70,13 @@ class CudaGraph:
                     reason = error
                     raise
         except BaseException:
-            CudaGraph._pool = None  # it may count as recording for ever: the next capture makes another
+            CudaGraph._sharing = weakref.WeakSet()  # the pool may count as recording for ever: the next capture makes one
             self.output = None
             _draw_again(self.stream.device)
             if reason is not None:  # rather than what torch says of the broken capture's end
                 raise reason from None
             raise
+        CudaGraph._sharing.add(self)
         return self.output
 
     def replay(self) -> Any:
@@ -180,6 +183,8 @@ class Graphs:
         return True
 
     def _drop(self) -> None:
+        if self.stream is not None and self.captured:
+            torch.cuda.synchronize(self.device)  # one may still be running
         for entry in self.entries.values():
             entry.graph = entry.inputs = None
 
