@@ -4,11 +4,13 @@
     python -m benchmarks.train_step --preset S/2 --job 16x16:8               # on a CPU: float32
     python -m benchmarks.train_step --quick
 
-Both train our SiT in one process; sparse and dense steps are timed in turns. `first s` is the first call, with
+All train our SiT in one process; sparse and dense steps are timed in turns. On a GPU the last two rows of a job are the same
+step with our kernels in the blocks (`SiT.set_kernels`); --kernels takes one kind alone. `first s` is the first call, with
 compilation (cold caches with --cold), `predicted ms` is that of `sprint.cost`, for an H100.
 """
 
 import gc
+import importlib.util
 import os
 import tempfile
 import time
@@ -19,7 +21,14 @@ import torch
 
 import sprint
 from benchmarks import report
+from sprint.fused import Kernels
 
+NAMES: dict[str, Kernels] = {  # of what is measured, and what computes the element-wise part of its blocks
+    "eager": "torch",
+    "TrainStep": "torch",
+    "TrainStep, sprint.AdamW": "torch",
+    "TrainStep, sprint.AdamW, Triton blocks": "triton",
+}
 PATHS: dict[str, sprint.StructuredDrop | None] = {"sparse": sprint.StructuredDrop(0.75), "dense": None}
 CLIP = 1.0
 
@@ -43,8 +52,8 @@ def measure(name: str, preset: str, grid: tuple[int, int], batch: int, args: Any
     on_gpu = args.device.startswith("cuda")
     dtype = torch.bfloat16 if on_gpu else None
     torch.manual_seed(args.seed)
-    model = sprint.SiT.preset(preset).to(args.device).train()
-    if name.endswith("sprint.AdamW"):
+    model = sprint.SiT.preset(preset).to(args.device).train().set_kernels(NAMES[name])
+    if "sprint.AdamW" in name:
         optimizer: torch.optim.Optimizer = sprint.AdamW(model.parameters(), lr=1e-4)
     else:
         optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
@@ -80,7 +89,11 @@ def main() -> None:
     parser.add_argument("--preset", default="XL/2")
     parser.add_argument("--job", nargs="+", default=["16x16:32", "16x16:64", "32x32:16"], help="token grid:batch")
     parser.add_argument("--cold", action="store_true", help="compile without caches")
+    parser.add_argument("--kernels", nargs="+", choices=["torch", "triton"], help="of the blocks; both where they run")
     args = parser.parse_args()
+    if args.kernels is None:
+        both = args.device.startswith("cuda") and importlib.util.find_spec("triton")
+        args.kernels = ["torch", "triton"] if both else ["torch"]
     if args.quick:
         args.preset, args.job, args.repeats = "S/2", ["4x4:2"], 1
     if args.cold:
@@ -94,7 +107,7 @@ def main() -> None:
         cost = sprint.cost(args.preset, grid=grid, batch=int(batch))
         flops = {"sparse": cost.sparse.training, "dense": cost.full.training}
         predicted = {"sparse": cost.estimate()["sparse, captured"], "dense": cost.estimate()["full, captured"]}
-        for name in ("eager", "TrainStep", "TrainStep, sprint.AdamW"):
+        for name in (name for name, kernels in NAMES.items() if kernels in args.kernels):
             for row in measure(name, args.preset, grid, int(batch), args):
                 rate = flops[row["path"]] / (row["ms"] / 1000)
                 rows.append(

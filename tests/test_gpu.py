@@ -4,9 +4,11 @@ import copy
 
 import pytest
 import torch
+from kernel_cases import TWINS, modulation, rotation, run
 from models import tiny
 
 import sprint
+from sprint import fused
 from sprint.capture import CudaGraph
 
 pytestmark = pytest.mark.gpu
@@ -255,6 +257,59 @@ def test_the_adamw_kernel_equals_its_twin(gradient, extras):
         torch.testing.assert_close(actual, expected, rtol=rtol, atol=1e-6)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(("batch", "grid", "per_sample"), [(8, (16, 16), False), (8, (8, 16), True), (3, (5, 7), True)])
+@pytest.mark.parametrize("operation", TWINS)
+def test_fused_kernels_equal_their_twins(operation, batch, grid, per_sample, dtype):
+    """At the sizes of XL/2, outputs and gradients, against the twin in float64; and equal bits from equal inputs."""
+    if operation is fused.norm_and_rotate:
+        inputs = rotation(batch, grid, 16, 72, dtype=dtype, device="cuda", per_sample=per_sample, weight=torch.float32)
+    else:
+        gated = operation is fused.gate_and_modulate
+        inputs = modulation(batch, grid[0] * grid[1], 1152, dtype=dtype, device="cuda", gated=gated)
+    actual = run(operation, inputs)
+    exact = run(TWINS[operation], [x.to(torch.float64) for x in inputs], rounded=dtype)
+    for one, expected in zip(actual, exact, strict=True):
+        error = (one.double() - expected).norm() / expected.norm()
+        assert error < (1e-5 if dtype == torch.float32 else 2**-8), error  # a rounding of bfloat16 is up to 2^-9
+    for one, again in zip(actual, run(operation, inputs), strict=True):
+        assert one.equal(again)
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+def test_captured_steps_with_kernels_train_like_the_layers(compiled):
+    losses = {}
+    for kernels in ("torch", "triton"):
+        torch.manual_seed(0)
+        model = tiny().cuda().train().set_kernels(kernels)
+        step = sprint.TrainStep(
+            model, sprint.FlowMatchingLoss(), sprint.AdamW(model.parameters(), lr=1e-3), clip=1.0, compile=compiled,
+            autocast=torch.bfloat16,
+        )  # fmt: skip
+        torch.manual_seed(1)
+        x, y = torch.randn(4, 4, 16, 16, device="cuda"), torch.arange(4, device="cuda")
+        outs = [step(x, y=y, drop=drop) for drop in [SPARSE, None] * 8]
+        assert outs[-1].captured
+        losses[kernels] = torch.stack([out.loss for out in outs])
+    torch.testing.assert_close(losses["triton"], losses["torch"], rtol=1e-2, atol=1e-2)  # bfloat16 products
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_a_step_with_kernels_equals_one_with_layers(model, checkpointing):
+    gradients = []
+    for kernels in ("torch", "triton"):
+        each = copy.deepcopy(model).cuda().eval().set_kernels(kernels).set_checkpointing(checkpointing)
+        x, y, t = torch.ones(4, 4, 16, 16), torch.arange(4), torch.linspace(0.1, 0.9, 4)
+        generator = torch.Generator().manual_seed(0)
+        out = sprint.FlowMatchingLoss()(
+            each, x.cuda(), y=y.cuda(), t=t.cuda(), noise=-x.cuda(), drop=SPARSE, generator=generator
+        )
+        out.loss.backward()
+        gradients.append([p.grad for p in each.parameters() if p.grad is not None])
+    for one, expected in zip(*gradients, strict=True):
+        torch.testing.assert_close(one, expected, rtol=1e-3, atol=1e-5)  # float32
+
+
 @pytest.mark.parametrize("capture", [False, None])
 def test_bfloat16_copies_train_like_autocast(capture):
     def run(optimizer_class):
@@ -285,7 +340,8 @@ def test_captured_sampling_equals_plain_sampling(model, guidance):
     torch.testing.assert_close(actual, expected, rtol=1e-3, atol=1e-3)  # float32
 
 
-def test_bfloat16_gradients_are_as_close_as_eager_autocasts(model):
+@pytest.mark.parametrize("kernels", ["torch", "triton"])
+def test_bfloat16_gradients_are_as_close_as_eager_autocasts(model, kernels):
     """Relative to float64, of the compiled blocks that TrainStep runs."""
     from sprint.compiling import compile_blocks
 
@@ -307,7 +363,7 @@ def test_bfloat16_gradients_are_as_close_as_eager_autocasts(model):
 
     exact = gradients(copy.deepcopy(model).double(), False)
     eager = gradients(copy.deepcopy(model).cuda(), True)
-    compiled = copy.deepcopy(model).cuda()
+    compiled = copy.deepcopy(model).cuda().set_kernels(kernels)
     compile_blocks(compiled)
     fast = gradients(compiled, True)
     error = {name: ((g - exact).norm() / exact.norm()).item() for name, g in (("eager", eager), ("fast", fast))}

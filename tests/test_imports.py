@@ -22,11 +22,13 @@ ALLOWED = {
     "drop": {"random", "tokens"},
     "fusion": {"random"},
     "middle": {"fusion", "tokens"},
-    "layers": {"random"},
-    "config": {"fusion"},
+    "layers": {"fused", "random"},
+    "fused": {"launches"},
+    "launches": set(),
+    "config": {"fusion", "interpolants"},
     "inputs": {"config"},
     "reference": {"config"},
-    "sit": {"checkpoint", "config", "fusion", "inputs", "layers", "middle", "random", "reference", "tokens"},
+    "sit": {"checkpoint", "config", "fused", "fusion", "inputs", "layers", "middle", "random", "reference", "tokens"},
     "flow": {"drop", "interpolants", "random", "tokens"},
     "guidance": {"drop"},
     "sampling": {"guidance", "interpolants", "random"},
@@ -43,6 +45,8 @@ ALLOWED = {
     "compiling": {"hosts.wrapping", "layers"},
     "inference": {"capture", "compiling", "graph_state"},
     "kernels": set(),
+    "modulation_kernels": {"kernels"},
+    "rotary_kernels": {"kernels"},
     "images": {"checkpoint"},
     "latents": {"checkpoint", "random"},
     "schedule": {"drop"},
@@ -60,7 +64,13 @@ ALLOWED = {
     "hosts.check": {"fusion", "hosts.wrapping", "random", "tokens"},
 }
 CORE = {"torch", "einops", "safetensors", "numpy"}
-OPT_IN = {"diffusers": {"diffusers"}, "pipeline": {"diffusers"}, "kernels": {"triton"}}  # rooms imported where used
+OPT_IN = {  # rooms imported where used
+    "diffusers": {"diffusers"},
+    "pipeline": {"diffusers"},
+    "kernels": {"triton"},
+    "modulation_kernels": {"triton"},
+    "rotary_kernels": {"triton"},
+}
 LAZY = {"xformers", "tqdm", "PIL", "timm"}  # imported inside the function that needs them
 
 

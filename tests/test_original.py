@@ -112,6 +112,39 @@ def test_there_and_back():
     torch.testing.assert_close(again(X, T, Y), theirs(X, T, Y), rtol=1e-4, atol=1e-5)
 
 
+STEPS = torch.tensor([0.0, 300.0, 999.0])
+
+
+@torch.no_grad()
+def test_dit_predicts_the_same_noise_at_its_steps():
+    """An original DiT is the same network, called with a step, and its output is noise, with nothing turned."""
+    theirs = original()
+    ours = from_original(theirs.state_dict(), heads=2, kind="dit").eval()
+    expected = theirs(X, STEPS, Y)
+    torch.testing.assert_close(ours(X, (STEPS + 1) / 1000, Y), expected, rtol=1e-3, atol=1e-4)  # float32 angles up to 1000
+    assert (ours.config.prediction, ours.config.time_scale) == ("noise", 1000.0)
+    again = OriginalSiT()
+    again.load_state_dict(to_original(ours, grid=(4, 4)))
+    torch.testing.assert_close(again(X, STEPS, Y), expected, rtol=1e-3, atol=1e-4)
+
+
+@torch.no_grad()
+def test_dit_samples_as_ddim_does():
+    """Many small steps of our ODE and of DDIM (arXiv 2010.02502) on DiT's own schedule end in the same image."""
+    theirs = original()
+    ours = from_original(theirs.state_dict(), heads=2, kind="dit").eval()
+    bars = (1 - torch.linspace(1e-4, 0.02, 1000, dtype=torch.float64)).cumprod(0)
+    x = X.double()
+    for k in range(999, 199, -1):  # the schedule's stiff end is left out of the comparison
+        noise = theirs(x.float(), torch.full((3,), float(k)), Y).double()
+        data = (x - (1 - bars[k]).sqrt() * noise) / bars[k].sqrt()
+        x = bars[k - 1].sqrt() * data + (1 - bars[k - 1]).sqrt() * noise
+    times = [k / 1000 for k in range(1000, 199, -1)]
+    options = {"times": times, "solver": "heun", "interpolant": "ddpm", "prediction": "noise"}
+    actual = sprint.sample(ours, X, y=Y, **options)
+    assert (actual.double() - x).norm() < 0.02 * x.norm()
+
+
 def test_the_converted_model_trains_sparse_and_saves(tmp_path):
     ours = from_original(original().state_dict(), heads=2)
     out = sprint.FlowMatchingLoss()(ours, X, y=Y, drop=sprint.StructuredDrop(0.75))
@@ -134,6 +167,10 @@ def test_what_cannot_be_converted():
         from_original(state | {"pos_embed": state["pos_embed"] + 1}, heads=2)
     with pytest.raises(ValueError, match="has no tensor extra"):
         from_original(state | {"extra": torch.zeros(1)}, heads=2)
+    with pytest.raises(ValueError, match="unknown kind 'uvit': choose one of sit, dit"):
+        from_original(state, heads=2, kind="uvit")
+    with pytest.raises(ValueError, match="has prediction='x', time_scale=1"):
+        to_original(tiny(positions="sincos", qk_norm=False, prediction="x"))
     with pytest.raises(ValueError, match="has sincos positions"):
         to_original(tiny())
     ours = from_original(state, heads=2)

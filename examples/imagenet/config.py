@@ -8,6 +8,7 @@ Unknown options are errors, and so are options without effect: `representation_d
 mentioned, say. Next to an explicit `representation_align: false` it is understood as parked.
 """
 
+import contextlib
 import dataclasses
 import difflib
 import types
@@ -71,6 +72,8 @@ class Config:
     in_channels: int | None = None  # of the latents, checked against the data
     num_classes: int = 1000
     qk_norm: bool = True
+    positions: Literal["rope", "sincos"] = "rope"
+    time_scale: float = 1.0
     residual_type: Literal["both", "deep", "shallow"] = "both"
     class_dropout_prob: float = 0.1
     path_drop_prob: float = 0.1
@@ -78,7 +81,8 @@ class Config:
     mask_ratio: float = 0.75
     mask_type: MaskType = "structured_with_random_offset"
     # Objective
-    path_type: Literal["linear", "cosine"] = "linear"
+    path_type: Literal["linear", "cosine", "ddpm"] = "linear"
+    prediction: Literal["v", "x", "noise"] = "v"
     weighting: Literal["lognormal", "uniform"] = "lognormal"
     representation_align: bool = False
     representation_depth: int = 8  # as the reference counts: one more than the blocks that have run
@@ -151,7 +155,9 @@ class Config:
             "decoder_depth": self.decoder_depth,
         }
         sizes.update({name: value for name, value in given.items() if value is not None})
-        repa = {} if repa_dim is None else {"repa_dim": repa_dim, "repa_depth": self.representation_depth - 1}
+        repa: dict[str, Any] = (
+            {} if repa_dim is None else {"repa_dim": repa_dim, "repa_depth": self.representation_depth - 1}
+        )
         return sprint.SiTConfig(
             **sizes,
             **repa,
@@ -160,6 +166,9 @@ class Config:
             mlp_ratio=self.mlp_ratio,
             num_classes=self.num_classes,
             qk_norm=self.qk_norm,
+            positions=self.positions,
+            time_scale=self.time_scale,
+            prediction=self.prediction,
             sources=self.residual_type,
             label_drop=self.class_dropout_prob,
             path_drop=self.path_drop_prob,
@@ -278,29 +287,30 @@ def _known(name: str, kind: Any) -> str:
 
 
 def _fit(name: str, value: Any, kind: Any) -> Any:
-    """A value as its option's type; YAML reads 1e-4 as text."""
+    """A value as its option's type."""
     wanted = typing.get_type_hints(kind)[name.rpartition(".")[2]]
     choices = typing.get_args(wanted) if isinstance(wanted, types.UnionType) else (wanted,)
     for choice in choices:
-        if value is None and choice is type(None):
-            return None
-        if typing.get_origin(choice) is Literal and value in typing.get_args(choice):
-            return value
-        if choice is float and not isinstance(value, bool):
-            try:
-                return float(value)
-            except (TypeError, ValueError):
-                continue
-        if choice is int and isinstance(value, float | str) and not isinstance(value, bool):
-            try:
-                if float(value) == int(float(value)):
-                    return int(float(value))
-            except ValueError:
-                continue
-        if isinstance(choice, type) and isinstance(value, choice) and (choice is bool) == isinstance(value, bool):
-            return value
+        with contextlib.suppress(ValueError, TypeError):
+            return _converted(value, choice)
     names = [" or ".join(map(repr, typing.get_args(c))) if typing.get_origin(c) is Literal else c.__name__ for c in choices]
     raise TypeError(f"{name} must be {' or '.join(names)}, got {value!r}")
+
+
+def _converted(value: Any, choice: Any) -> Any:
+    """A value as one type; ValueError or TypeError if it is none. YAML reads 1e-4 as text."""
+    if typing.get_origin(choice) is Literal:
+        if value not in typing.get_args(choice):
+            raise ValueError
+        return value
+    if choice in (bool, str, type(None)) or isinstance(value, bool):
+        if type(value) is not choice:
+            raise TypeError
+        return value
+    number = float(value)
+    if choice is int and number != int(number):
+        raise ValueError
+    return choice(number)
 
 
 def _check(config: Config, given: dict[str, Any]) -> None:

@@ -1,6 +1,7 @@
-"""Checkpoints from one layout to another: ours, the SPRINT authors' ("reference"), the original SiT's ("original").
+"""Checkpoints from one layout to another: ours, the SPRINT authors' ("reference"), the originals of SiT and DiT.
 
-    python examples/imagenet/convert.py SiT-XL-2-256.pt model.safetensors --source original --heads 16
+    python examples/imagenet/convert.py SiT-XL-2-256.pt model.safetensors --source sit --heads 16
+    python examples/imagenet/convert.py DiT-XL-2-256.pt model.safetensors --source dit --heads 16
     python examples/imagenet/convert.py model.safetensors reference.safetensors --target reference
 
 Time direction, sign and order of patches are turned where they differ. What is written is safetensors; a .pt file is read
@@ -16,7 +17,7 @@ import sprint
 from sprint.checkpoint import read_tensors, write_tensors
 from sprint.original import from_original, to_original
 
-LAYOUTS = ("ours", "reference", "original")
+LAYOUTS = ("ours", "reference", "sit", "dit")
 
 
 def parse() -> argparse.Namespace:
@@ -26,13 +27,13 @@ def parse() -> argparse.Namespace:
     parser.add_argument("output", type=Path)
     parser.add_argument("--source", choices=LAYOUTS, default="ours")
     parser.add_argument("--target", choices=LAYOUTS, default="ours")
-    parser.add_argument("--heads", type=int, help="of an original SiT: 6, 12, 16, 16 for S, B, L, XL")
-    parser.add_argument("--encoder-depth", type=int, default=2, help="of an original SiT")
-    parser.add_argument("--decoder-depth", type=int, default=2, help="of an original SiT")
-    parser.add_argument("--grid", type=int, default=16, help="side of the token grid that an original SiT stores")
+    parser.add_argument("--heads", type=int, help="of an original: 6, 12, 16, 16 for S, B, L, XL")
+    parser.add_argument("--encoder-depth", type=int, default=2, help="of an original")
+    parser.add_argument("--decoder-depth", type=int, default=2, help="of an original")
+    parser.add_argument("--grid", type=int, default=16, help="side of the token grid that an original stores")
     args = parser.parse_args()
-    if args.source == "original" and args.heads is None:
-        parser.error("--source original needs --heads, which no tensor tells")
+    if args.source in ("sit", "dit") and args.heads is None:
+        parser.error(f"--source {args.source} needs --heads, which no tensor tells")
     if args.source == args.target:
         parser.error(f"--source and --target are both {args.source}")
     return args
@@ -56,11 +57,13 @@ def main() -> None:
         model = sprint.SiT.from_reference(args.input)
     else:
         depths = {"encoder_depth": args.encoder_depth, "decoder_depth": args.decoder_depth}
-        model = from_original(tensors(args.input), heads=args.heads, **depths)
+        model = from_original(tensors(args.input), kind=args.source, heads=args.heads, **depths)
     if args.target == "ours":
         model.save(args.output)
     elif args.target == "reference":
         model.to_reference(args.output)
+    elif args.target != ("dit" if model.config.prediction == "noise" else "sit"):
+        raise SystemExit(f"{args.input} predicts {model.config.prediction}: a DiT predicts noise, a SiT v")
     else:
         write_tensors(args.output, to_original(model, grid=(args.grid, args.grid)))
     count = sum(parameter.numel() for parameter in model.parameters())

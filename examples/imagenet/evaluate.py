@@ -86,20 +86,25 @@ def statistics(source: Path) -> dict[str, np.ndarray] | None:
     return {name: content[name].astype(np.float64) for name in ("mu", "sigma")} if "mu" in content else None
 
 
-def frechet(samples: Images, reference: Any, extractor: str, options: dict[str, Any]) -> float:
-    """Fréchet distance in the features of an extractor, to images or to saved statistics."""
+def moments(images: Images, extractor: str, options: dict[str, Any]) -> dict[str, np.ndarray]:
+    """Mean and covariance of the features of an extractor."""
     layer = resolve_feature_layer_for_metric("fid", feature_extractor=extractor, **options)
     network = create_feature_extractor(extractor, [layer], **options)
-    found = fid_input_id_to_statistics(1, network, layer, input1=samples, **options)
-    if isinstance(reference, Images):
-        wanted = fid_input_id_to_statistics(1, network, layer, input1=reference, **options)
-    else:
-        wanted = reference
-        if wanted["mu"].shape != found["mu"].shape:
-            raise SystemExit(f"the statistics have {len(wanted['mu'])} features, {extractor} gives {len(found['mu'])}")
-    return fid_statistics_to_metric(
-        {k: v.astype(np.float64) for k, v in found.items()}, {k: v.astype(np.float64) for k, v in wanted.items()}, False
-    )[KEY_METRIC_FID]
+    found = fid_input_id_to_statistics(1, network, layer, input1=images, **options)
+    return {name: value.astype(np.float64) for name, value in found.items()}
+
+
+def frechet(samples: Images, reference: dict[str, np.ndarray], extractor: str, options: dict[str, Any]) -> float:
+    """Fréchet distance in the features of an extractor."""
+    found = moments(samples, extractor, options)
+    if reference["mu"].shape != found["mu"].shape:
+        raise SystemExit(f"the statistics have {len(reference['mu'])} features, {extractor} gives {len(found['mu'])}")
+    return fid_statistics_to_metric(found, reference, False)[KEY_METRIC_FID]
+
+
+def settings(batch: int) -> dict[str, Any]:
+    """For torch-fidelity."""
+    return {"cuda": torch.cuda.is_available(), "batch_size": batch, "verbose": False, "save_cpu_ram": False}
 
 
 def evaluate(args: argparse.Namespace) -> dict[str, float]:
@@ -108,15 +113,15 @@ def evaluate(args: argparse.Namespace) -> dict[str, float]:
     others = [metric for metric in args.metrics if metric not in ("fid", "fdd")]
     if saved is not None and args.metrics != ["fid"]:
         raise SystemExit(f"{args.reference} holds statistics for FID alone: give images for {', '.join(args.metrics)}")
-    reference = saved if saved is not None else Images(args.reference)
-    options = {"cuda": torch.cuda.is_available(), "batch_size": args.batch, "verbose": False, "save_cpu_ram": False}
+    reference, options = Images(args.reference) if saved is None else None, settings(args.batch)
     found: dict[str, float] = {"samples": len(samples)}
-    if "fid" in args.metrics:
-        found["FID"] = frechet(samples, reference, args.inception, options)
-    if "fdd" in args.metrics:
-        found["FDD"] = frechet(samples, reference, args.dino, options)
-    if others:
-        count = len(samples) if saved is not None else min(len(samples), len(reference))
+    for metric, extractor in (("fid", args.inception), ("fdd", args.dino)):
+        if metric in args.metrics:
+            wanted = saved if reference is None else moments(reference, extractor, options)
+            assert wanted is not None
+            found[metric.upper()] = frechet(samples, wanted, extractor, options)
+    if others and reference is not None:
+        count = min(len(samples), len(reference))
         metrics = torch_fidelity.calculate_metrics(
             input1=samples, input2=reference, feature_extractor=args.inception, kid_subset_size=min(1000, count),
             **dict.fromkeys(others, True), **options,

@@ -26,28 +26,41 @@ from sprint.images import to_uint8
 from sprint.latents import SCALE
 from sprint.random import normal
 
+GUIDANCE = ["none", "cfg", "pdg", "pdg-same"]
 
-def parse() -> argparse.Namespace:
-    """The command line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+
+def options(description: str | None) -> argparse.ArgumentParser:
+    """The command line, for this script and sweep.py."""
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--checkpoint", type=Path, required=True, help="of train.py, SiT.save or the authors (safetensors)")
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--count", type=int, default=50_000)
     parser.add_argument("--side", type=int, default=32, help="of the latents: 32 for 256 px, 64 for 512 px")
     parser.add_argument("--vae", default="stabilityai/sd-vae-ft-mse", help="hub name or local folder; none for pixel models")
     parser.add_argument("--batch", type=int, default=64)
-    parser.add_argument("--guidance", choices=["none", "cfg", "pdg", "pdg-same"], default="pdg")
-    parser.add_argument("--scale", type=float, default=3.0, help="the best one differs from model to model: sweep it")
     parser.add_argument("--interval", type=float, nargs=2, default=[0.0, 1.0], metavar=("LOW", "HIGH"))
     parser.add_argument("--solver", choices=["euler", "heun", "sde"], default="euler")
     parser.add_argument("--steps", type=int, default=50)
-    parser.add_argument("--interpolant", choices=["linear", "cosine"], default="linear")
+    parser.add_argument("--interpolant", choices=["linear", "cosine", "ddpm"], default="linear")
     parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32", help="of products (autocast)")
     parser.add_argument("--seed", type=int, default=0)
+    return parser
+
+
+def parse() -> argparse.Namespace:
+    """The command line of this script."""
+    parser = options(__doc__)
+    parser.add_argument("--guidance", choices=GUIDANCE, default="pdg")
+    parser.add_argument("--scale", type=float, default=3.0, help="the best one differs from model to model: see sweep.py")
     args = parser.parse_args()
+    check(args, parser)
+    return args
+
+
+def check(args: argparse.Namespace, parser: argparse.ArgumentParser) -> None:
+    """Numbers that cannot be."""
     if min(args.count, args.batch, args.steps, args.side) < 1:
         parser.error("--count, --batch, --steps and --side must be at least 1")
-    return args
 
 
 def guidance(args: argparse.Namespace) -> Any:
@@ -87,9 +100,14 @@ def draw(model: Any, vae: Any, numbers: list[int], args: argparse.Namespace, dev
     y = None if config.num_classes is None else torch.tensor([i % config.num_classes for i in numbers], device=device)
     latents = sprint.sample(
         model, noise, y=y, guidance=guidance(args), solver=args.solver, steps=args.steps, interpolant=args.interpolant,
-        generator=streams,
+        prediction=config.prediction, generator=streams,
     )  # fmt: skip
     return to_uint8(latents if vae is None else vae.decode(latents / SCALE).sample).cpu()
+
+
+def packed(args: argparse.Namespace) -> Path:
+    """File of all images."""
+    return args.out.parent / f"{args.out.name}.npz"
 
 
 def pack(args: argparse.Namespace) -> Path:
@@ -97,28 +115,33 @@ def pack(args: argparse.Namespace) -> Path:
     images = np.stack([np.array(Image.open(name(args, i))) for i in tqdm(range(args.count), desc="packing")])
     file = io.BytesIO()
     np.savez(file, arr_0=images)
-    path = args.out.with_suffix(".npz")
-    write_bytes(path, file.getvalue())
-    return path
+    write_bytes(packed(args), file.getvalue())
+    return packed(args)
 
 
-def main() -> None:
-    args = parse()
-    state = PartialState(cpu=not torch.cuda.is_available())
-    sit = load(args.checkpoint, state.device).eval()
-    if args.vae == "none" and sit.config.in_channels not in (1, 3):
-        raise SystemExit(f"--vae none, but {sit.config.in_channels} channels are no picture: name the VAE of the latents")
+def build(args: argparse.Namespace, device: torch.device) -> tuple[sprint.CapturedModel, Any]:
+    """The model, and the VAE unless its images are pixels."""
+    sit = load(args.checkpoint, device).eval()
+    if args.vae == "none":
+        if sit.config.in_channels not in (1, 3):
+            raise SystemExit(
+                f"--vae none, but {sit.config.in_channels} channels are no picture: name the VAE of the latents"
+            )
+        vae: Any = None
+    else:
+        from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
+
+        vae = AutoencoderKL.from_pretrained(args.vae)
+        vae = vae.to(device).eval()
+    return sprint.CapturedModel(sit, autocast=torch.bfloat16 if args.dtype == "bfloat16" else None), vae
+
+
+def generate(args: argparse.Namespace, model: Any, vae: Any, state: PartialState) -> Path:
+    """Draw what is missing, over all processes; returns the file that the main process packed."""
     guidance(args)
     if state.is_main_process:
         agree(args)
     state.wait_for_everyone()
-    vae: Any = None
-    if args.vae != "none":
-        from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
-
-        vae = AutoencoderKL.from_pretrained(args.vae)
-        vae = vae.to(state.device).eval()
-    model = sprint.CapturedModel(sit, autocast=torch.bfloat16 if args.dtype == "bfloat16" else None)
     missing = [i for i in range(args.count) if not name(args, i).exists()]
     state.wait_for_everyone()  # all have looked before anyone writes
     mine = missing[state.process_index :: state.num_processes]
@@ -129,8 +152,16 @@ def main() -> None:
             Image.fromarray(image.permute(1, 2, 0).numpy()).save(file, format="PNG")
             write_bytes(name(args, index), file.getvalue())
     state.wait_for_everyone()
+    return pack(args) if state.is_main_process else packed(args)
+
+
+def main() -> None:
+    args = parse()
+    state = PartialState(cpu=not torch.cuda.is_available())
+    model, vae = build(args, state.device or torch.device("cpu"))
+    path = generate(args, model, vae, state)
     if state.is_main_process:
-        print(f"{args.count} images in {args.out} and {pack(args)}")
+        print(f"{args.count} images in {args.out} and {path}")
 
 
 if __name__ == "__main__":

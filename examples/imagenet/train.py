@@ -13,12 +13,13 @@ import dataclasses
 import importlib.util
 import json
 from collections.abc import Iterator
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import broadcast_object_list
+from accelerate.utils import InitProcessGroupKwargs, broadcast_object_list
 from config import Config, read
 from log import Log
 from torch.utils.data import DataLoader
@@ -48,7 +49,10 @@ class Objective:
     def __init__(self, config: Config) -> None:
         self.scale = config.latent_scale
         self.flow = sprint.FlowMatchingLoss(
-            interpolant=config.path_type, time=config.weighting, repa_weight=config.representation_weight
+            interpolant=config.path_type,
+            time=config.weighting,
+            prediction=config.prediction,
+            repa_weight=config.representation_weight,
         )
 
     def __call__(self, model: Any, moments: torch.Tensor, y: torch.Tensor, target: Any = None, *, drop: Any) -> Any:
@@ -197,7 +201,9 @@ def draw(config: Config, ema: torch.nn.Module, vae: Any, shape: tuple[int, ...],
     noise = normal((16, *shape), device=device, generator=torch.Generator().manual_seed(config.seed))
     guidance = sprint.PathDropGuidance(config.guidance_scale)
     with torch.autocast(device.type, precision(config), enabled=precision(config) is not None):
-        latents = sprint.sample(ema, noise, y=y, steps=50, interpolant=config.path_type, guidance=guidance)
+        latents = sprint.sample(
+            ema, noise, y=y, steps=50, interpolant=config.path_type, prediction=config.prediction, guidance=guidance
+        )
     return to_uint8(latents if vae is None else vae.decode(latents / config.latent_scale).sample)
 
 
@@ -284,7 +290,10 @@ def main() -> None:
     tracker = None if config.report_to == "none" else config.report_to
     if tracker is not None and importlib.util.find_spec(tracker) is None:
         raise SystemExit(f"report_to={tracker} is not installed: pip install {tracker}, or report_to=none")
-    accelerator = Accelerator(cpu=not torch.cuda.is_available(), log_with=tracker, project_dir=config.folder)
+    patience = InitProcessGroupKwargs(timeout=timedelta(hours=1))  # of the others, while one writes a large checkpoint
+    accelerator = Accelerator(
+        cpu=not torch.cuda.is_available(), log_with=tracker, project_dir=config.folder, kwargs_handlers=[patience]
+    )
     try:
         if tracker:
             plain = {k: v for k, v in dataclasses.asdict(config).items() if isinstance(v, int | float | str)}

@@ -14,7 +14,7 @@ from sprint.fusion import MaskRestore, SparseDenseResidual, TokenRouting
 from sprint.guidance import ClassifierFreeGuidance, PathDropGuidance, SparseGuidance
 from sprint.hosts import Blocks, Host, Report, Table, check, path, register, registered, unwrap, wrap
 from sprint.inference import CapturedModel
-from sprint.interpolants import CosineInterpolant, Interpolant, LinearInterpolant
+from sprint.interpolants import CosineInterpolant, DDPMInterpolant, Interpolant, LinearInterpolant
 from sprint.latents import LatentDataset, draw_latents
 from sprint.middle import SparseMiddle
 from sprint.optim import AdamW
@@ -34,6 +34,7 @@ __all__ = [
     "ClassifierFreeGuidance",
     "CosineInterpolant",
     "Cost",
+    "DDPMInterpolant",
     "Drop",
     "Euler",
     "EulerMaruyama",

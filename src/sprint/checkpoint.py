@@ -12,7 +12,6 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
@@ -30,8 +29,16 @@ def write_tensors(path: PathLike, tensors: Mapping[str, Tensor], metadata: Mappi
         tensors: on any device; written contiguous, each with its own dtype.
         metadata: text by name.
     """
-    # Cloned, because safetensors refuses tensors that share memory, and two names of one parameter are legitimate.
-    own = {name: tensor.detach().cpu().clone(memory_format=torch.contiguous_format) for name, tensor in tensors.items()}
+    own: dict[str, Tensor] = {}
+    memory: set[int] = set()
+    for name, tensor in tensors.items():
+        plain = tensor.detach().cpu().contiguous()
+        storage = plain.untyped_storage()
+        # safetensors refuses tensors that share memory, and two names of one parameter are legitimate: those are cloned.
+        if storage.data_ptr() in memory or storage.nbytes() != plain.nbytes:
+            plain = plain.clone()
+        memory.add(plain.untyped_storage().data_ptr())
+        own[name] = plain
     _write(path, lambda temporary: save_file(own, temporary, metadata=dict(metadata or {})))
 
 

@@ -4,6 +4,7 @@ import dataclasses
 from typing import Literal, NamedTuple, get_args
 
 from sprint.fusion import Sources
+from sprint.interpolants import Prediction, check_prediction
 
 Positions = Literal["rope", "sincos"]
 
@@ -42,6 +43,9 @@ class SiTConfig:
         num_classes: class condition, ids 0 to num_classes - 1; None for a vector condition or none.
         cond_dim: vector condition of this width; excludes `num_classes`.
         positions: "rope" (rotary, in every block), or "sincos" (added to the tokens once, as in the original SiT and DiT).
+        time_scale: what t is multiplied with before its sinusoids are taken; 1000 in DiT, whose time is a step.
+        prediction: what the output is: "v", or "x" or "noise" for a model that was trained so (DiT). `sample` and
+            `FlowMatchingLoss` refuse another one.
         qk_norm: RMSNorm on queries and keys; the original SiT and DiT have none.
         label_drop: probability of replacing a sample's condition by the null condition, in training.
         path_drop: probability of dropping a sample's deep path, in training.
@@ -64,6 +68,8 @@ class SiTConfig:
     num_classes: int | None = 1000
     cond_dim: int | None = None
     positions: Positions = "rope"
+    time_scale: float = 1.0
+    prediction: Prediction = "v"
     qk_norm: bool = True
     label_drop: float = 0.1
     path_drop: float = 0.1
@@ -95,6 +101,9 @@ class SiTConfig:
             )
         if self.positions not in get_args(Positions):
             raise ValueError(f"unknown positions {self.positions!r}: choose one of {', '.join(get_args(Positions))}")
+        if not self.time_scale > 0:
+            raise ValueError(f"time_scale must be positive, got {self.time_scale}")
+        check_prediction(self.prediction)
         if not 0 <= self.label_drop <= 1:
             raise ValueError(f"label_drop is a probability in [0, 1], got {self.label_drop}")
         if self.num_classes is not None and self.cond_dim is not None:

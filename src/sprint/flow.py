@@ -111,7 +111,7 @@ class FlowMatchingLoss:
     """Mean squared error of the velocity at a random time, with optional token dropping and REPA.
 
     Args:
-        interpolant: "linear", "cosine", or an `Interpolant`.
+        interpolant: "linear", "cosine", "ddpm", or an `Interpolant`.
         time: "uniform", "lognormal", or a distribution such as `ShiftedTime(3.0)`.
         prediction: what the model predicts: "v", or "x" or "noise", which are converted exactly, so that the loss is the
             velocity's in each case ("x" needs t > 0, "noise" needs t < 1; a time at that end gives an infinite loss).
@@ -176,6 +176,7 @@ class FlowMatchingLoss:
         host = getattr(model, "module", model)  # a DDP wrapper keeps the model there
         ours = hasattr(host, "token_grid")
         wrapped = not ours and hasattr(host, "routed")  # by sprint.wrap: it draws the subset itself
+        check_prediction(self.prediction, host)
         _check_call(x0, drop, repa_target, host=type(host).__name__, drops=ours or wrapped, aligns=ours)
         if t is None:
             t = self.time(len(x0), self.interpolant, device=x0.device, generator=generator)

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 ROUTES = ("route", "_route", "grid", "weak_half", "bypassed")  # of a SparseMiddle, and of what `wrap` adds
-FLAGS = ("recompute", "checkpoint", "gradient_checkpointing", "backend", "path_drop")  # set by methods of models
+FLAGS = ("recompute", "checkpoint", "gradient_checkpointing", "backend", "kernels", "path_drop")  # set by methods of models
 RESTLESS = 16  # changes of an option, before it counts as one that always changes
 
 

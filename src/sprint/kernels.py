@@ -10,6 +10,16 @@ from torch import Tensor
 BLOCK = 4096
 
 
+def wide(x: Tensor) -> Any:
+    """Triton's type to compute in: float32, or float64 for float64, which lets tests differentiate numerically."""
+    return tl.float64 if x.dtype == torch.float64 else tl.float32
+
+
+def interpreted() -> bool:
+    """Whether kernels run in Triton's interpreter, that is, whether TRITON_INTERPRET=1 was set when they were imported."""
+    return not isinstance(_adamw, triton.JITFunction)
+
+
 @triton.jit
 def _adamw(  # noqa: PLR0917  # a launch passes arguments by position
     parameter,

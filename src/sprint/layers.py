@@ -12,6 +12,8 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
+from sprint.fused import Kernels, gate_and_modulate, norm_and_rotate
+from sprint.fused import modulate as fused_modulate
 from sprint.random import Device, uniform
 
 AttentionBackend = Literal["sdpa", "xformers"]
@@ -133,17 +135,28 @@ class Attention(nn.Module):
         super().__init__()
         self.heads = heads
         self.backend: AttentionBackend = "sdpa"
+        self.kernels: Kernels = "torch"
         self.qkv = nn.Linear(dim, 3 * dim)
         self.q_norm = RMSNorm(dim // heads) if qk_norm else nn.Identity()
         self.k_norm = RMSNorm(dim // heads) if qk_norm else nn.Identity()
         self.proj = nn.Linear(dim, dim)
 
     def forward(self, tokens: Tensor, rope: Tensor | None) -> Tensor:
+        q, k, v = self._fused_inputs(tokens, rope) if self.kernels == "triton" else self._inputs(tokens, rope)
+        return self.proj(rearrange(attention(q, k, v, backend=self.backend), "b h n d -> b n (h d)"))
+
+    def _inputs(self, tokens: Tensor, rope: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
         q, k, v = rearrange(self.qkv(tokens), "b n (three h d) -> three b h n d", three=3, h=self.heads)
         q, k = self.q_norm(q), self.k_norm(k)
         if rope is not None:
             q, k = rotate(q, rope), rotate(k, rope)
-        return self.proj(rearrange(attention(q, k, v, backend=self.backend), "b h n d -> b n (h d)"))
+        return q, k, v
+
+    def _fused_inputs(self, tokens: Tensor, rope: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+        q_norm, k_norm = self.q_norm, self.k_norm
+        if rope is None or not isinstance(q_norm, RMSNorm) or not isinstance(k_norm, RMSNorm):
+            raise ValueError("kernels 'triton' need qk_norm=True and rotary positions in each block: use 'torch'")
+        return norm_and_rotate(self.qkv(tokens), q_norm.weight, k_norm.weight, rope, eps=q_norm.eps)
 
 
 class MLP(nn.Module):
@@ -171,6 +184,7 @@ class Block(nn.Module):
 
     def __init__(self, dim: int, heads: int, *, mlp_ratio: float = 4.0, qk_norm: bool = True) -> None:
         super().__init__()
+        self.kernels: Kernels = "torch"
         self.attn = Attention(dim, heads, qk_norm=qk_norm)
         self.mlp = MLP(dim, int(dim * mlp_ratio))
         self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(dim, 6 * dim))
@@ -178,6 +192,10 @@ class Block(nn.Module):
     def forward(self, tokens: Tensor, cond: Tensor, rope: Tensor | None = None) -> Tensor:
         """tokens (B, N, C), cond (B, C), rope (B or 1, N, head_dim / 2, 2) or None -> (B, N, C)."""
         shift_a, scale_a, gate_a, shift_m, scale_m, gate_m = self.adaLN_modulation(cond).chunk(6, dim=-1)
+        if self.kernels == "triton":
+            tokens, modulated = fused_modulate(tokens, shift_a, scale_a)
+            tokens, modulated = gate_and_modulate(tokens, self.attn(modulated, rope), gate_a, shift_m, scale_m)
+            return tokens + gate_m.unsqueeze(1) * self.mlp(modulated)
         tokens = tokens + gate_a.unsqueeze(1) * self.attn(modulate(tokens, shift_a, scale_a), rope)
         return tokens + gate_m.unsqueeze(1) * self.mlp(modulate(tokens, shift_m, scale_m))
 
@@ -209,18 +227,18 @@ class PatchEmbedder(nn.Module):
 
 
 class TimestepEmbedder(nn.Module):
-    """t in [0, 1] to a vector: sinusoids (cosines first, period 10000, t not rescaled), then an MLP."""
+    """t in [0, 1] to a vector: sinusoids of `scale t` (cosines first, period 10000; SPRINT's scale is 1), then an MLP."""
 
-    def __init__(self, dim: int, *, frequencies: int = 256) -> None:
+    def __init__(self, dim: int, *, frequencies: int = 256, scale: float = 1.0) -> None:
         super().__init__()
-        self.frequencies = frequencies
+        self.frequencies, self.scale = frequencies, scale
         self.mlp = nn.Sequential(nn.Linear(frequencies, dim), nn.SiLU(), nn.Linear(dim, dim))
 
     def forward(self, t: Tensor) -> Tensor:
         half = self.frequencies // 2
         # Made on the device, in float32 like the reference: a table copied from the host cannot be captured in a CUDA graph.
         frequency = torch.exp(-math.log(10000) * torch.arange(half, device=t.device, dtype=torch.float32) / half)
-        angle = t.to(torch.promote_types(t.dtype, torch.float32)).unsqueeze(1) * frequency
+        angle = self.scale * t.to(torch.promote_types(t.dtype, torch.float32)).unsqueeze(1) * frequency
         return self.mlp(torch.cat([angle.cos(), angle.sin()], dim=1).to(next(self.mlp.parameters()).dtype))
 
 

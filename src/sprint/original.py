@@ -1,12 +1,17 @@
-"""Checkpoints of the original SiT (arXiv 2401.08740) as our `SiT`, and back: the same function in other words.
+"""Checkpoints of the original SiT (arXiv 2401.08740) and DiT (arXiv 2212.09748) as our `SiT`, and back.
 
-They differ from ours in four ways. Each is turned exactly, in float64:
+It is the same function in other words. Both have the same tensors; what they mean differs from ours, and is turned
+exactly, in float64. SiT:
 
 - time runs from noise (0) to data (1). Ours runs the other way; the sinusoids of 1 - t are a reflection of those of t in
   every (cosine, sine) pair, which the first layer of the time embedder takes up;
 - the velocity is data minus noise. Ours is noise minus data: the final layer changes its sign;
 - the final layer gives patches as (row, column, channel), and as many channels again that SiT's samplers drop;
 - positions are added to the tokens, and there is no norm on queries and keys: `positions="sincos"`, `qk_norm=False`.
+
+DiT predicts the noise, which has the same sign everywhere, at one of 1000 steps: step k is our `t = (k + 1) / 1000`, whose
+sinusoids `time_scale=1000` and a rotation of each (cosine, sine) pair give. Sample it, and train it on, with
+`prediction="noise", interpolant="ddpm"`; its variances, the second half of its channels, are dropped.
 
 The fusion starts as the identity, so that the full path is the original model; the sparse and shallow paths have to be
 trained.
@@ -15,6 +20,7 @@ trained.
 import math
 import re
 from collections.abc import Mapping
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor
@@ -23,24 +29,38 @@ from sprint.config import SiTConfig
 from sprint.layers import sincos_positions
 from sprint.sit import SiT
 
+Kind = Literal["sit", "dit"]
+
 _TIME = "t_embedder.mlp.0.weight"
 
 
+_DIT: dict[str, Any] = {"time_scale": 1000.0, "prediction": "noise"}
+
+
 def from_original(
-    tensors: Mapping[str, Tensor], *, heads: int, patch_size: int = 2, encoder_depth: int = 2, decoder_depth: int = 2
+    tensors: Mapping[str, Tensor],
+    *,
+    heads: int,
+    kind: Kind = "sit",
+    patch_size: int = 2,
+    encoder_depth: int = 2,
+    decoder_depth: int = 2,
 ) -> SiT:
-    """Build our model of an original SiT's state dictionary.
+    """Build our model of an original SiT's or DiT's state dictionary.
 
     Args:
         tensors: `state_dict` of the original, such as the "ema" of its checkpoint.
+        kind: "sit" or "dit"; no tensor tells them apart.
         heads: attention heads, which no tensor tells (16 for XL/2).
         patch_size: of the model.
         encoder_depth: blocks before the middle.
         decoder_depth: blocks after it.
 
     Raises:
-        ValueError: tensors that are no SiT.
+        ValueError: tensors that are no SiT or DiT.
     """
+    if kind not in get_args(Kind):
+        raise ValueError(f"unknown kind {kind!r}: choose one of {', '.join(get_args(Kind))}")
     needed = ("x_embedder.proj.weight", "pos_embed", _TIME, "y_embedder.embedding_table.weight", "final_layer.linear.weight")
     if missing := [name for name in needed if name not in tensors]:
         raise ValueError(f"this is no checkpoint of the original SiT, it has no {', '.join(missing)}: pass its state_dict")
@@ -64,6 +84,7 @@ def from_original(
         num_classes=tensors["y_embedder.embedding_table.weight"].shape[0] - 1,
         positions="sincos",
         qk_norm=False,
+        **(_DIT if kind == "dit" else {}),
     )
     _check_positions(tensors["pos_embed"])
     model = SiT(config)
@@ -85,7 +106,7 @@ def from_original(
 
 
 def to_original(model: SiT, *, grid: tuple[int, int] = (16, 16)) -> dict[str, Tensor]:
-    """The original SiT's state dictionary of our model, for its full path.
+    """The state dictionary of the original SiT for our model's full path, or of DiT for a model that predicts noise.
 
     Args:
         model: with `positions="sincos"` and `qk_norm=False`, its fusion still the identity.
@@ -95,6 +116,11 @@ def to_original(model: SiT, *, grid: tuple[int, int] = (16, 16)) -> dict[str, Te
         ValueError: the original has no words for this model.
     """
     config, state = model.config, model.state_dict()
+    if (config.prediction, config.time_scale) not in (("v", 1.0), ("noise", 1000.0)):
+        raise ValueError(
+            "the original SiT predicts v at time_scale=1, the original DiT noise at time_scale=1000; this model has "
+            f"prediction={config.prediction!r}, time_scale={config.time_scale:g}"
+        )
     if config.positions != "sincos" or config.qk_norm or config.num_classes is None or config.repa_dim is not None:
         raise ValueError(
             "the original SiT has sincos positions, no norm on queries and keys, classes and no REPA head; this model has "
@@ -109,9 +135,9 @@ def to_original(model: SiT, *, grid: tuple[int, int] = (16, 16)) -> dict[str, Te
     for name in _their_names(config):
         tensor = state[_ours(name, config)]
         if name.startswith("final_layer.linear."):
-            tensor = _their_patches(-tensor, config)
+            tensor = _their_patches(_signed(tensor, config), config)
         elif name == _TIME:
-            tensor = _reflected(tensor)
+            tensor = _their_time(tensor, config)
         elif name == "x_embedder.proj.weight":
             tensor = tensor.unflatten(1, (config.in_channels, config.patch_size, config.patch_size))
         theirs[name] = tensor.clone()
@@ -121,9 +147,9 @@ def to_original(model: SiT, *, grid: tuple[int, int] = (16, 16)) -> dict[str, Te
 def _turned(name: str, tensor: Tensor, config: SiTConfig) -> Tensor:
     """A tensor of theirs as ours."""
     if name.startswith("final_layer.linear."):
-        return -_our_patches(tensor, config)
+        return _our_patches(_signed(tensor, config), config)
     if name == _TIME:
-        return _reflected(tensor)
+        return _our_time(tensor, config)
     return tensor.flatten(1) if name == "x_embedder.proj.weight" else tensor
 
 
@@ -153,12 +179,32 @@ def _their_names(config: SiTConfig) -> list[str]:
     return ["y_embedder.embedding_table.weight", *(f"{layer}.{kind}" for layer in layers for kind in ("weight", "bias"))]
 
 
-def _reflected(weight: Tensor) -> Tensor:
-    """Weights on (cos f t, sin f t) that give with 1 - t what they gave with t; its own inverse."""
+def _signed(tensor: Tensor, config: SiTConfig) -> Tensor:
+    """SiT's velocity has the other sign, DiT's noise has not."""
+    return -tensor if config.prediction == "v" else tensor
+
+
+def _our_time(weight: Tensor, config: SiTConfig) -> Tensor:
+    """SiT's t is our 1 - t, DiT's step is our 1000 t - 1."""
+    return _turn(weight, 1.0, mirrored=True) if config.prediction == "v" else _turn(weight, -1.0)
+
+
+def _their_time(weight: Tensor, config: SiTConfig) -> Tensor:
+    return _turn(weight, 1.0, mirrored=True) if config.prediction == "v" else _turn(weight, 1.0)
+
+
+def _turn(weight: Tensor, shift: float, *, mirrored: bool = False) -> Tensor:
+    """Weights that give with s what these gave with `shift + s`, or `shift - s` if mirrored.
+
+    They act on (cos f s, sin f s) for every frequency f; `cos f (a ± s) = cos f a cos f s ∓ sin f a sin f s`, and likewise
+    for the sine.
+    """
     half = weight.shape[1] // 2
     frequency = torch.exp(-math.log(10000) * torch.arange(half, dtype=torch.float32) / half).double()
     cos, sin = weight.double().cpu().split(half, dim=1)
-    turned = [cos * frequency.cos() + sin * frequency.sin(), cos * frequency.sin() - sin * frequency.cos()]
+    c, s = (frequency * shift).cos(), (frequency * shift).sin()
+    sign = -1 if mirrored else 1
+    turned = [cos * c + sin * s, sign * (sin * c - cos * s)]
     return torch.cat(turned, dim=1).to(weight.dtype)
 
 

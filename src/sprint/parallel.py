@@ -49,7 +49,8 @@ def distribute(model: nn.Module, mode: Mode = "ddp", *, dtype: torch.dtype | Non
         if isinstance(block, FinalLayer):
             continue  # small, and its output may be a view, of which FSDP2 warns: it stays with the rest of the model
         fully_shard(block, mesh=mesh, mp_policy=policy)
-    return fully_shard(model, mesh=mesh, mp_policy=policy)
+    fully_shard(model, mesh=mesh, mp_policy=policy)
+    return model
 
 
 def full_state(model: nn.Module, optimizer: torch.optim.Optimizer | None = None) -> dict[str, Any]:
@@ -59,7 +60,7 @@ def full_state(model: nn.Module, optimizer: torch.optim.Optimizer | None = None)
         "model", and with an optimizer "optimizer", each by parameter name.
     """
     options = StateDictOptions(full_state_dict=True, cpu_offload=True)
-    state = {"model": get_model_state_dict(model, options=options)}
+    state: dict[str, Any] = {"model": get_model_state_dict(model, options=options)}
     if optimizer is not None:
         state["optimizer"] = get_optimizer_state_dict(model, optimizer, options=options)
     return state

@@ -171,8 +171,8 @@ def trajectory(
         raise TypeError(f"noise must be floating point, got {noise.dtype}: draw it with torch.randn")
     if isinstance(y, Tensor) and len(y) != len(noise):
         raise ValueError(f"y holds {len(y)} conditions for {len(noise)} samples: give one per sample")
-    check_prediction(prediction)
     host = unwrapped(model)
+    check_prediction(prediction, host)
     if getattr(model, "training", False):
         raise ValueError(
             "the model is in training mode, where labels and paths are dropped at random: call model.eval() first"
@@ -220,7 +220,7 @@ def sample(
         solver: "euler", "heun", "sde", or an object with `times` and `step`.
         steps: at least 1.
         times: decreasing times from at most 1 to at least 0, instead of the solver's grid for `steps`.
-        interpolant: the one the model was trained with, "linear", "cosine" or an `Interpolant`.
+        interpolant: the one the model was trained with, "linear", "cosine", "ddpm" or an `Interpolant`.
         prediction: what the model predicts, "v", "x" or "noise". A noise prediction says nothing at t = 1, where the data's
             weight is 0, so its default grid starts at 0.999.
         generator: for the noise of the SDE; one, or one per sample, so that no sample depends on its batch.

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from sprint import checkpoint, reference
 from sprint.config import PRESETS, SiTConfig
+from sprint.fused import Kernels, check_kernels
 from sprint.fusion import SparseDenseResidual
 from sprint.inputs import check_classes, check_inputs
 from sprint.layers import (
@@ -68,7 +69,7 @@ class SiT(nn.Module):
         blocks = [Block(c.dim, c.heads, mlp_ratio=c.mlp_ratio, qk_norm=c.qk_norm) for _ in range(c.depth)]
         first, last = c.encoder_depth, c.encoder_depth + c.middle_depth
         self.x_embedder = PatchEmbedder(c.patch_size, c.in_channels, c.dim)
-        self.t_embedder = TimestepEmbedder(c.dim)
+        self.t_embedder = TimestepEmbedder(c.dim, scale=c.time_scale)
         self.y_embedder: LabelEmbedder | VectorEmbedder | None = None
         if c.num_classes is not None:
             self.y_embedder = LabelEmbedder(c.num_classes, c.dim, label_drop=c.label_drop)
@@ -224,6 +225,28 @@ class SiT(nn.Module):
         for module in self.modules():
             if isinstance(module, Attention):
                 module.backend = backend
+        return self
+
+    def set_kernels(self, kernels: Kernels) -> "SiT":
+        """Choose what computes the element-wise part of all blocks; returns self.
+
+        "torch" leaves it to PyTorch and its compiler. "triton" takes our kernels for adaLN, the residual between attention
+        and MLP, q/k-norm and rotary positions: the same numbers up to rounding, in fewer passes over memory. Choose before
+        the first training step: what a CUDA graph has captured stays as it is.
+
+        Raises:
+            ValueError: unknown choice, a device that has no such kernels, or blocks without q/k-norm or rotary positions.
+            ImportError: Triton is not installed.
+        """
+        check_kernels(kernels, self.x_embedder.proj.weight.device)
+        if kernels == "triton" and not (self.config.qk_norm and self.config.positions == "rope"):
+            raise ValueError(
+                f"kernels 'triton' need qk_norm=True and positions='rope', this model has qk_norm={self.config.qk_norm} and "
+                f"positions={self.config.positions!r}: use 'torch'"
+            )
+        for module in self.modules():
+            if isinstance(module, Attention | Block):
+                module.kernels = kernels
         return self
 
     def set_checkpointing(self, enabled: bool = True) -> "SiT":

@@ -42,7 +42,7 @@ class Teacher(nn.Module):
         super().__init__()
         try:
             import timm
-            from timm.data import resolve_model_data_config
+            from timm.data.config import resolve_model_data_config
         except ImportError as error:
             raise ImportError("a teacher needs timm: pip install 'sprint-diffusion[timm]'") from error
         if not timm.is_model(name):
@@ -62,8 +62,8 @@ class Teacher(nn.Module):
         self.dim: int = self.network.num_features
         """Width of the features, the model's `repa_dim`."""
         config = resolve_model_data_config(self.network)
-        self.register_buffer("mean", torch.tensor(config["mean"]).view(3, 1, 1), persistent=False)
-        self.register_buffer("std", torch.tensor(config["std"]).view(3, 1, 1), persistent=False)
+        self.mean = nn.Buffer(torch.tensor(config["mean"]).view(3, 1, 1), persistent=False)
+        self.std = nn.Buffer(torch.tensor(config["std"]).view(3, 1, 1), persistent=False)
 
     def train(self, mode: bool = True) -> "Teacher":
         """A teacher stays in `eval()`."""

@@ -27,10 +27,10 @@ def test_original_and_back(tmp_path):
     model.middle.fusion.reset_parameters()
     model.save(tmp_path / "ours.safetensors")
     theirs, again = tmp_path / "theirs.safetensors", tmp_path / "again.safetensors"
-    run = small.script("convert", tmp_path / "ours.safetensors", theirs, "--target", "original", "--grid", 4)
+    run = small.script("convert", tmp_path / "ours.safetensors", theirs, "--target", "sit", "--grid", 4)
     assert run.returncode == 0, run.stderr
     torch.save({"ema": load_file(theirs), "step": 3}, tmp_path / "theirs.pt")
-    options = ("--source", "original", "--heads", 2, "--encoder-depth", 1, "--decoder-depth", 1)
+    options = ("--source", "sit", "--heads", 2, "--encoder-depth", 1, "--decoder-depth", 1)
     run = small.script("convert", tmp_path / "theirs.pt", again, *options)
     assert run.returncode == 0, run.stderr
     torch.testing.assert_close(sprint.SiT.load(again).eval()(X, T, Y), model(X, T, Y), rtol=1e-4, atol=1e-5)  # float32
@@ -39,9 +39,24 @@ def test_original_and_back(tmp_path):
 def test_refusals(tmp_path):
     tiny().save(tmp_path / "ours.safetensors")
     path = tmp_path / "ours.safetensors"
-    assert "needs --heads" in small.script("convert", path, path, "--source", "original").stderr
+    assert "needs --heads" in small.script("convert", path, path, "--source", "sit").stderr
     assert "are both ours" in small.script("convert", path, path).stderr
-    run = small.script("convert", path, tmp_path / "x.safetensors", "--target", "original")
+    run = small.script("convert", path, tmp_path / "x.safetensors", "--target", "sit")
     assert "the original SiT has sincos positions" in run.stderr
     assert not (tmp_path / "x.safetensors").exists()
-    assert "there is no checkpoint" in small.script("convert", "none.pt", path, "--source", "original", "--heads", 2).stderr
+    assert "there is no checkpoint" in small.script("convert", "none.pt", path, "--source", "sit", "--heads", 2).stderr
+
+
+def test_dit_and_back(tmp_path):
+    model = tiny(positions="sincos", qk_norm=False, time_scale=1000.0, prediction="noise").eval()
+    model.middle.fusion.init = "identity"
+    model.middle.fusion.reset_parameters()
+    model.save(tmp_path / "ours.safetensors")
+    theirs, again = tmp_path / "theirs.safetensors", tmp_path / "again.safetensors"
+    run = small.script("convert", tmp_path / "ours.safetensors", theirs, "--target", "sit", "--grid", 4)
+    assert "predicts noise: a DiT predicts noise, a SiT v" in run.stderr
+    assert small.script("convert", tmp_path / "ours.safetensors", theirs, "--target", "dit", "--grid", 4).returncode == 0
+    options = ("--source", "dit", "--heads", 2, "--encoder-depth", 1, "--decoder-depth", 1)
+    run = small.script("convert", theirs, again, *options)
+    assert run.returncode == 0, run.stderr
+    torch.testing.assert_close(sprint.SiT.load(again).eval()(X, T, Y), model(X, T, Y), rtol=1e-3, atol=1e-4)  # float32

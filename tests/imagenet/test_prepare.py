@@ -139,3 +139,33 @@ def test_center_crop():
     assert cropped.shape == (50, 50)
     assert cropped.mean() == pytest.approx(99.5, abs=1)  # the middle
     assert center_crop(Image.new("RGB", (37, 300)), 64).size == (64, 64)
+
+
+def test_features_of_a_teacher_are_kept(folder, tmp_path):
+    """REPA from features equals REPA from images, up to the numbers' storage."""
+    timm = pytest.importorskip("timm")
+    from safetensors.torch import save_file
+
+    from sprint.teacher import Teacher
+
+    name, weights = "vit_tiny_patch16_224", tmp_path / "vit.safetensors"
+    save_file(timm.create_model(name, num_classes=0, img_size=128).state_dict(), weights)
+    options = ("--teacher", name, "--teacher-weights", weights, "--dtype", "float32")
+    run = prepare(folder, tmp_path / "features", *options)
+    assert run.returncode == 0, run.stderr
+    assert prepare(folder, tmp_path / "images", "--layout", "repa").returncode == 0
+    cached, images = (LatentDataset(tmp_path / kind, aligned=True) for kind in ("features", "images"))
+    assert cached.teacher == name
+    assert len(cached) == len(images) == 22
+    teacher = Teacher(name, (8, 8), weights=weights)
+    for i in (0, 9, 21):
+        assert cached[i][1] == images[i][1]
+        torch.testing.assert_close(cached[i][2], teacher(images[i][2][None])[0], rtol=1e-3, atol=1e-3)  # float32, batches
+    assert "leave --teacher out" in prepare(folder, tmp_path / "x", "--layout", "repa", "--teacher", name).stderr
+    plain = tmp_path / "plain"
+    assert prepare(folder, plain).returncode == 0
+    with pytest.raises(FileNotFoundError, match="holds no teacher's features: prepare it with --teacher"):
+        LatentDataset(plain, aligned=True)
+    next((tmp_path / "images" / "images").rglob("*.png")).unlink()
+    with pytest.raises(FileNotFoundError, match="holds 21 images for 22 latents"):
+        LatentDataset(tmp_path / "images", aligned=True)

@@ -291,6 +291,22 @@ def test_finetuning_starts_from_a_checkpoint(latents, whole, tmp_path):
     assert "Traceback" not in run.stderr
 
 
+def test_a_converted_sit_starts_a_run(latents, tmp_path):
+    """With the identity as its fusion: the first dense loss is the original's."""
+    torch.manual_seed(0)
+    sizes = {"dim": 32, "heads": 2, "encoder_depth": 1, "middle_depth": 2, "decoder_depth": 1, "num_classes": 3}
+    model = sprint.SiT(sprint.SiTConfig(**sizes, positions="sincos", qk_norm=False))
+    model.middle.fusion.init = "identity"
+    model.middle.fusion.reset_parameters()
+    model.save(tmp_path / "sit.safetensors")
+    options = {"positions": "sincos", "qk_norm": False, "init_from": str(tmp_path / "sit.safetensors")}
+    run = train(tmp_path, latents, **options, stages="pretrain", max_train_steps=1, checkpointing_steps=1)
+    assert run.returncode == 0, run.stderr
+    trained = sprint.SiT.load(tmp_path / "run" / "model.safetensors")
+    assert (trained.config.positions, trained.config.qk_norm) == ("sincos", False)
+    torch.testing.assert_close(trained.middle.fusion.proj.weight, model.middle.fusion.proj.weight, rtol=0, atol=1e-2)
+
+
 def test_a_grid_of_samples_while_training(latents, tmp_path):
     pytest.importorskip("diffusers")
     vae = small.vae(tmp_path / "vae")
