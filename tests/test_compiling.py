@@ -8,7 +8,7 @@ from torch import nn
 from torch._dynamo.testing import CompileCounterWithBackend
 
 import sprint
-from sprint import FlowMatchingLoss, StructuredDrop, TrainStep
+from sprint import AdamW, FlowMatchingLoss, StructuredDrop, TrainStep
 from sprint.compiling import blocks_of, compile_blocks
 
 
@@ -42,6 +42,16 @@ def test_each_shape_is_compiled_once(wrapped):
             loss(model, x, y=None if wrapped else torch.tensor([1, 2]), drop=drop).loss.backward()
     # Kept and all tokens, of one or two sizes; this host's first blocks see a transposed layout, ours has a final layer.
     assert counter.frame_count == (2 + 1 if wrapped else 4 + 2)
+
+
+def test_checkpointed_blocks_with_copies_of_their_weights():
+    """The backward pass runs compiled blocks again, which must then see the same copies."""
+    torch._dynamo.reset()
+    model = tiny().train().set_checkpointing()
+    for block in blocks_of(model):
+        block.compile(dynamic=False, backend="aot_eager")
+    step = TrainStep(model, FlowMatchingLoss(), AdamW(model.parameters()), autocast=torch.bfloat16)
+    assert step(torch.randn(2, 4, 8, 8), y=torch.tensor([1, 2])).loss.isfinite()
 
 
 @pytest.mark.slow

@@ -118,6 +118,20 @@ def test_the_estimate_fits_the_published_steps():
         assert 1000 * seconds["sparse, captured"] == pytest.approx(sparse, rel=0.07)
 
 
+def test_frozen_weights_and_checkpointing_count():
+    plain, checkpointed = tiny(), tiny().set_checkpointing()
+    frozen = tiny().requires_grad_(False)
+    frozen.final_layer.requires_grad_(True)
+    whole, again, head = (sprint.cost(model, grid=(4, 4), batch=2).full for model in (plain, checkpointed, frozen))
+    assert whole.forward == again.forward == head.forward
+    assert whole.backward + 0.8 * whole.forward < again.backward < whole.training  # the blocks, once more
+    assert again.activations < whole.activations / 4
+    assert head.backward < 0.1 * whole.backward
+    for mode in (torch.no_grad, torch.inference_mode):
+        with mode():
+            assert sprint.cost(sprint.CapturedModel(tiny().eval()), grid=(4, 4), batch=2).full == whole
+
+
 def test_hardware_of_your_own():
     slow = Hardware("mine", flops=1e12, update=0.0, launch=0.0)
     cost = sprint.cost("S/2", grid=(8, 8), hardware=slow)
@@ -132,6 +146,13 @@ def test_bad_input():
         sprint.cost("S/2", grid=(16, 16), batch=0)
     with pytest.raises(ValueError, match="rows, columns"):
         sprint.cost("S/2", grid=(16,))
+    for options in ({"grid": 16}, {"grid": (16.0, 16.0)}, {"grid": (16, 16), "batch": 2.5}):
+        with pytest.raises(ValueError, match="whole numbers, got"):
+            sprint.cost("S/2", **options)
+    with pytest.raises(TypeError, match="drop must be a sampler such as sprint.StructuredDrop"):
+        sprint.cost("S/2", grid=(16, 16), drop=0.75)
+    with pytest.raises(TypeError, match="model must be a preset's name.* got int"):
+        sprint.cost(3, grid=(16, 16))
     with pytest.raises(ValueError, match="unknown preset 'XXL'"):
         sprint.cost("XXL", grid=(16, 16))
     with pytest.raises(ValueError, match="Linear is not wrapped"):

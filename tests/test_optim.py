@@ -2,6 +2,7 @@
 
 import copy
 import importlib
+import pickle
 
 import pytest
 import torch
@@ -10,8 +11,9 @@ from recording import RecordedGraph
 from torch import nn
 
 import sprint.sit
-from sprint import AdamW, FlowMatchingLoss, StructuredDrop, TrainStep
-from sprint.optim import Shadows, update
+from sprint import AdamW, FlowMatchingLoss, StructuredDrop, TrainStep, optim
+from sprint.optim import update
+from sprint.shadows import Shadows
 
 SPARSE = StructuredDrop(0.75)
 
@@ -65,15 +67,63 @@ def test_states_go_over_to_torch_and_back(first):
         torch.testing.assert_close(one, expected, rtol=1e-5, atol=1e-6)  # float32
 
 
-def test_states_of_different_ages_are_refused():
+def test_parameters_that_are_not_used_at_every_step():
+    """Each has its own count; a loaded state has them too, and averages follow what did not change."""
+    models = [nn.ModuleList([nn.Linear(3, 2), nn.Linear(3, 2)]) for _ in range(2)]
+    models[1].load_state_dict(models[0].state_dict())
+    optimizers = [kind(model.parameters(), lr=0.1) for kind, model in zip((AdamW, torch.optim.AdamW), models, strict=True)]
+    averages = {p: p.detach().clone() + 1 for p in models[0].parameters()}
+    expected = {p: a.clone() for p, a in averages.items()}
+    for step, used in enumerate([(0,), (0, 1), (1,), (0,), (0, 1)]):
+        if step == 3:
+            optimizers[0].load_state_dict(copy.deepcopy(optimizers[0].state_dict()))
+        for model, optimizer in zip(models, optimizers, strict=True):
+            optimizer.zero_grad()
+            sum(model[i](torch.ones(1, 3)).square().sum() for i in used).backward()
+            optimizer.step(**({"averages": averages, "average_decay": 0.9} if optimizer is optimizers[0] else {}))
+        for p, average in expected.items():
+            average.lerp_(p.detach(), 0.1)
+    for one, other in zip(*[model.parameters() for model in models], strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-6)  # float32
+    for p, average in averages.items():
+        torch.testing.assert_close(average, expected[p])
+
+
+def test_copies_pickles_and_empty_groups():
     model, batches = problem()
-    optimizer = torch.optim.AdamW(model.parameters())
+    optimizer = AdamW([{"params": []}, {"params": list(model.parameters())}], lr=0.1)
     model(batches[0]).square().sum().backward()
-    optimizer.step()
-    state = optimizer.state_dict()
-    state["state"][0]["step"] = torch.tensor(7.0)
-    with pytest.raises(ValueError, match=r"have taken \[1.0, 7.0\] steps"):
-        AdamW(model.parameters()).load_state_dict(state)
+    optimizer.step(clip=1.0)
+    for again in (copy.deepcopy(optimizer), pickle.loads(pickle.dumps(optimizer))):
+        parameters = again.param_groups[1]["params"]
+        for p, old in zip(parameters, model.parameters(), strict=True):
+            p.grad = old.grad.clone()
+        assert again.grad_norm is None
+        again.step(clip=1.0)
+        assert not parameters[0].equal(model[0].weight)
+    AdamW([{"params": []}]).step(clip=1.0)
+
+
+def test_other_layouts_take_the_plain_update(monkeypatch):
+    calls = []
+    contiguous, last = torch.zeros(2, 3, 4, 5), torch.zeros(2, 3, 4, 5).to(memory_format=torch.channels_last)
+    assert optim.alike(contiguous, (contiguous, None))
+    assert optim.alike(last, (last, last.bfloat16()))
+    assert not optim.alike(last, (contiguous,))
+    assert not optim.alike(torch.zeros(4, 6)[:, ::2], (torch.zeros(4, 6)[:, ::2],))
+    assert not optim.alike(torch.zeros(4, 6), (torch.zeros(6, 4).t(),))
+    monkeypatch.setattr(optim, "fastest", lambda: lambda *args, **kwargs: calls.append(args))
+    monkeypatch.setattr(torch.Tensor, "is_cuda", True)
+    weight = nn.Parameter(last)
+    weight.grad = torch.ones(2, 3, 4, 5)
+    version = weight._version
+    AdamW([weight]).step()
+    assert not calls
+    weight.grad = weight.grad.to(memory_format=torch.channels_last)
+    version = weight._version
+    AdamW([weight]).step()
+    assert len(calls) == 1
+    assert weight._version > version  # though the kernel told nobody
 
 
 def test_averages_follow():
@@ -194,10 +244,7 @@ def test_bad_input():
         AdamW([weight], betas=(0.9, 1.0))
     with pytest.raises(TypeError, match="parameters must be float32, got torch.bfloat16"):
         AdamW([nn.Parameter(torch.ones(2, dtype=torch.bfloat16))])
-    late = nn.Parameter(torch.ones(2))
-    optimizer = AdamW([weight, late])
-    weight.sum().backward()
-    optimizer.step()
-    late.sum().backward()
-    with pytest.raises(ValueError, match="first gradient after the others"):
-        optimizer.step()
+    optimizer = AdamW([weight])
+    with pytest.raises(TypeError, match="parameters must be float32, got torch.float64"):
+        optimizer.add_param_group({"params": [nn.Parameter(torch.ones(2, dtype=torch.float64))]})
+    assert len(optimizer.param_groups) == 1

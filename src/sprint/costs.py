@@ -24,10 +24,11 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
-from sprint.config import SiTConfig
 from sprint.drop import Drop, StructuredDrop
+from sprint.guidance import unwrapped
 from sprint.hosts.check import first_tensor
 from sprint.hosts.wrapping import SprintState, path, state_of
+from sprint.layers import Block
 from sprint.sit import SiT
 
 PAYS = 1.2  # an estimated gain below this is not worth a method
@@ -175,7 +176,8 @@ def cost(
     """Count what a model costs on each path.
 
     Args:
-        model: a preset's name ("S/2", "B/2", "L/2", "XL/2"), a `SiT`, or a wrapped model.
+        model: a preset's name ("S/2", "B/2", "L/2", "XL/2"), a `SiT`, or a wrapped model; frozen parameters and activation
+            checkpointing count.
         *args: for a wrapped model, arguments of its forward.
         grid: for a SiT, the token grid: (16, 16) for 256 px, (32, 32) for 512 px.
         drop: drop sampler of the sparse path; by default `StructuredDrop(0.75)`, or the wrapped model's own.
@@ -186,6 +188,7 @@ def cost(
 
     Raises:
         ValueError: no grid for a SiT, no arguments or no drop sampler for a wrapped model, or a model that is neither.
+        TypeError: a model or drop sampler that is none.
 
     Examples:
         >>> c = cost("XL/2", grid=(16, 16), batch=32)
@@ -195,20 +198,37 @@ def cost(
     if isinstance(model, str):
         with torch.device("meta"):
             model = SiT.preset(model)
-    if isinstance(model, SiT):
-        if grid is None or args or kwargs:
-            raise ValueError("give the token grid of a SiT, and nothing else: cost(model, grid=(16, 16), batch=32)")
-        if len(grid) != 2 or min(*grid, batch) < 1:
-            raise ValueError(f"grid must be (rows, columns) of tokens and batch at least 1, got {grid} and {batch}")
-        return _of_sit(model.config, grid, drop or StructuredDrop(0.75), batch=batch, dtype=dtype, hardware=hardware)
-    return _of_wrapped(model, args, kwargs, drop, hardware)
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model must be a preset's name, a SiT or a wrapped model, got {type(model).__name__}")
+    if drop is not None and not hasattr(drop, "sample"):
+        raise TypeError(f"drop must be a sampler such as sprint.StructuredDrop(0.75), got {drop!r}")
+    with torch.inference_mode(False), torch.enable_grad():
+        if isinstance(host := unwrapped(model), SiT):
+            if grid is None or args or kwargs:
+                raise ValueError("give the token grid of a SiT, and nothing else: cost(model, grid=(16, 16), batch=32)")
+            if not isinstance(grid, tuple | list) or len(grid) != 2 or not all(_is_count(n) for n in (*grid, batch)):
+                raise ValueError(
+                    f"grid must be (rows, columns) of tokens and batch at least 1, whole numbers, got {grid!r} and {batch!r}"
+                )
+            return _of_sit(
+                host, (grid[0], grid[1]), drop or StructuredDrop(0.75), batch=batch, dtype=dtype, hardware=hardware
+            )
+        return _of_wrapped(model, args, kwargs, drop, hardware)
 
 
-def _of_sit(
-    config: SiTConfig, grid: tuple[int, int], drop: Drop, *, batch: int, dtype: torch.dtype, hardware: Hardware
-) -> Cost:
+def _is_count(number: Any) -> bool:
+    return isinstance(number, int) and not isinstance(number, bool) and number >= 1
+
+
+def _of_sit(like: SiT, grid: tuple[int, int], drop: Drop, *, batch: int, dtype: torch.dtype, hardware: Hardware) -> Cost:
+    config = like.config
     with torch.device("meta"):
         model = SiT(config).to(dtype)
+        for ours, theirs in zip(model.modules(), like.modules(), strict=True):
+            if isinstance(ours, Block) and isinstance(theirs, Block):
+                ours.recompute = theirs.recompute
+        for ours, theirs in zip(model.parameters(), like.parameters(), strict=True):
+            ours.requires_grad_(theirs.requires_grad)
         x = torch.empty(batch, config.in_channels, *(config.patch_size * side for side in grid), dtype=dtype)
         y = None
         if config.num_classes is not None:
@@ -261,7 +281,7 @@ def _count(model: nn.Module, forward: Callable[[], Tensor]) -> PathCost:
 
     # The plain form of attention has exactly the products of the method; fused kernels differ in what they recompute.
     with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as flops, _Operations() as operations:
-        with torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
             output = forward()
         done = flops.get_total_flops()
         activations = sum(storage.nbytes() for storage in kept.values())

@@ -12,14 +12,17 @@ from typing import Any
 import torch
 from torch import nn
 
-from sprint.capture import LIMIT, WARMUP, Graph, Graphs, ModelState
+from sprint.capture import LIMIT, WARMUP, Graph, Graphs, check_autocast, check_counts
 from sprint.compiling import compile_blocks
+from sprint.graph_state import ModelState
 
 
 class CapturedModel(nn.Module):
     """A model in `eval()` with compiled blocks and one CUDA graph for each shape and path; on a CPU, the model itself.
 
-    It is called like the model, and is for `sprint.sample`, guidance and pipelines. No gradient flows.
+    It is called like the model, has its attributes, and is for `sprint.sample`, guidance and pipelines. No gradient flows.
+    Once a call is captured no Python runs in it: attributes that a forward pass reads, and hooks, have no further effect
+    (modes, paths, weights and buffers have).
 
     Args:
         model: a `SiT`, a wrapped model, or another; bfloat16 weights are fastest: `model.to(torch.bfloat16)`.
@@ -29,6 +32,10 @@ class CapturedModel(nn.Module):
         warmup: plain calls before a shape is captured.
         limit: graphs kept at most.
         make_graph: for tests.
+
+    Raises:
+        TypeError: an argument of another kind.
+        ValueError: a model in training mode, without parameters or on several devices, or numbers out of range.
 
     Examples:
         >>> from sprint import PathDropGuidance, SiT, sample
@@ -50,6 +57,12 @@ class CapturedModel(nn.Module):
         make_graph: Callable[[], Graph] | None = None,
     ) -> None:
         super().__init__()
+        if not isinstance(model, nn.Module):
+            raise TypeError(
+                f"model must be a torch.nn.Module, got {type(model).__name__}: a SiT, a wrapped model, or another"
+            )
+        check_autocast(autocast)
+        check_counts(warmup, limit, least=0)
         if model.training:
             raise ValueError("the model is in training mode, where labels and paths are dropped at random: model.eval()")
         self.module = model
@@ -69,6 +82,16 @@ class CapturedModel(nn.Module):
         if capture is not False and (on_gpu or make_graph is not None):
             state = ModelState(model)
             self._graphs = Graphs(self._run, device=device, state=state, warmup=warmup, limit=limit, make_graph=make_graph)
+
+    def __getattr__(self, name: str) -> Any:
+        """As the model's (`config`, `dtype`), where this wrapper has none of its own."""
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            model = self.__dict__.get("_modules", {}).get("module")
+            if model is None or name == "routed":  # by which guidance finds the one part that has paths
+                raise
+            return getattr(model, name)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """As the model's forward."""

@@ -39,7 +39,7 @@ def _adamw(  # noqa: PLR0917  # a launch passes arguments by position
     HAS_AVERAGE: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    at = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     inside = at < count
     lr, clip, correction1, correction2 = (
         tl.load(scalars),
@@ -80,25 +80,26 @@ def adamw(
     weight_decay: float,
     average_decay: float,
 ) -> None:
-    """One parameter's update in one pass over memory; arguments as of `sprint.optim.update`, all contiguous."""
+    """One parameter's update in one pass over memory; arguments as of `sprint.optim.update`, all dense and alike."""
     count = parameter.numel()
     grid = (triton.cdiv(count, BLOCK),)
     launch: Any = _adamw[grid]
-    launch(
-        parameter,
-        gradient,
-        exp_avg,
-        exp_avg_sq,
-        parameter if shadow is None else shadow,
-        parameter if average is None else average,
-        scalars,
-        count,
-        beta1,
-        beta2,
-        eps,
-        weight_decay,
-        average_decay,
-        HAS_SHADOW=shadow is not None,
-        HAS_AVERAGE=average is not None,
-        BLOCK=BLOCK,
-    )
+    with torch.cuda.device_of(parameter):  # or Triton launches on the current device
+        launch(
+            parameter,
+            gradient,
+            exp_avg,
+            exp_avg_sq,
+            parameter if shadow is None else shadow,
+            parameter if average is None else average,
+            scalars,
+            count,
+            beta1,
+            beta2,
+            eps,
+            weight_decay,
+            average_decay,
+            HAS_SHADOW=shadow is not None,
+            HAS_AVERAGE=average is not None,
+            BLOCK=BLOCK,
+        )

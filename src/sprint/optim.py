@@ -10,19 +10,17 @@ written at each step is written in the update's own pass.
 """
 
 import functools
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor, nn
-
-from sprint.fusion import SplitLinear
+from torch import Tensor
 
 
 class AdamW(torch.optim.Optimizer):
     """AdamW for `TrainStep`; on a GPU with Triton its update is one kernel per parameter, elsewhere plain code.
 
-    Its states are those of `torch.optim.AdamW`: state dictionaries fit both.
+    Its states are those of `torch.optim.AdamW`: state dictionaries fit both. A parameter without a gradient stays as it is.
 
     Args:
         params: float32 parameters, or groups of them.
@@ -32,13 +30,16 @@ class AdamW(torch.optim.Optimizer):
         weight_decay: decoupled.
 
     Examples:
-        >>> model = nn.Linear(2, 1)
+        >>> model = torch.nn.Linear(2, 1)
         >>> optimizer = AdamW(model.parameters(), lr=0.1)
         >>> model(torch.ones(1, 2)).sum().backward()
         >>> optimizer.step(clip=1.0)
         >>> float(optimizer.grad_norm) > 1
         True
     """
+
+    grad_norm: Tensor | None = None
+    """Total norm of the gradients before clipping, of the last step that clipped."""
 
     def __init__(
         self,
@@ -55,14 +56,14 @@ class AdamW(torch.optim.Optimizer):
                 f"weight_decay={weight_decay}, betas={betas}"
             )
         super().__init__(params, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay})
-        for group in self.param_groups:
-            for parameter in group["params"]:
-                if parameter.dtype != torch.float32:
-                    raise TypeError(f"parameters must be float32, got {parameter.dtype}: use autocast for fast products")
-        self.shadows: Mapping[Tensor, Tensor] = {}
-        """Copies of parameters in another dtype, refreshed by each step, and whose gradients count."""
-        self.grad_norm: Tensor | None = None
-        """Total norm of the gradients before clipping, of the last step that clipped."""
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """As torch's; parameters must be float32."""
+        super().add_param_group(param_group)
+        for parameter in self.param_groups[-1]["params"]:
+            if parameter.dtype != torch.float32:
+                self.param_groups.pop()
+                raise TypeError(f"parameters must be float32, got {parameter.dtype}: use autocast for fast products")
 
     @torch.no_grad()
     def step(  # pyright: ignore[reportIncompatibleMethodOverride]
@@ -72,6 +73,7 @@ class AdamW(torch.optim.Optimizer):
         clip: float | None = None,
         averages: Mapping[Tensor, Tensor] | None = None,
         average_decay: float = 0.0,
+        shadows: Mapping[Tensor, Tensor] | None = None,
     ) -> Any:
         """Update the parameters.
 
@@ -80,86 +82,99 @@ class AdamW(torch.optim.Optimizer):
             clip: largest total norm of the gradients.
             averages: by parameter, a moving average that follows it.
             average_decay: of the averages.
+            shadows: by parameter, a copy in another dtype, which is kept equal and whose gradient counts too.
         """
         loss = None
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        used = [(g, [(p, grad) for p in g["params"] if (grad := self._gradient(p)) is not None]) for g in self.param_groups]
-        factor = torch.ones((), device=used[0][0]["params"][0].device)
-        if clip is not None and any(pairs for _, pairs in used):
-            self.grad_norm = _norm([grad for _, pairs in used for _, grad in pairs])
+        averages, shadows = averages or {}, shadows or {}
+        gradients = {
+            parameter: gradient
+            for group in self.param_groups
+            for parameter in group["params"]
+            if (gradient := _gradient(parameter, shadows.get(parameter))) is not None
+        }
+        factor = None
+        if clip is not None and gradients:
+            self.grad_norm = _norm(list(gradients.values()))
             factor = (clip / (self.grad_norm + 1e-6)).clamp(max=1.0)
-        for group, pairs in used:
-            if pairs:
-                self._update(group, pairs, factor, averages or {}, average_decay)
+        for group in self.param_groups:
+            for device in dict.fromkeys(parameter.device for parameter in group["params"]):
+                used = [p for p in group["params"] if p in gradients and p.device == device]
+                if used:
+                    scalars = self._scalars(group, used, device, factor)
+                    self._update(
+                        group, used, gradients, scalars, averages=averages, average_decay=average_decay, shadows=shadows
+                    )
+        if still := [parameter for parameter in averages if parameter not in gradients]:
+            torch._foreach_lerp_(  # pyright: ignore[reportPrivateImportUsage]
+                [averages[parameter] for parameter in still], [parameter.data for parameter in still], 1 - average_decay
+            )
         return loss
-
-    def _gradient(self, parameter: Tensor) -> Tensor | None:
-        shadow = self.shadows.get(parameter)
-        return parameter.grad if shadow is None or shadow.grad is None else shadow.grad
 
     def _update(
         self,
         group: dict[str, Any],
-        pairs: list[tuple[Tensor, Tensor]],
-        factor: Tensor,
+        used: list[Tensor],
+        gradients: Mapping[Tensor, Tensor],
+        scalars: Sequence[Tensor],
+        *,
         averages: Mapping[Tensor, Tensor],
         average_decay: float,
+        shadows: Mapping[Tensor, Tensor],
     ) -> None:
         beta1, beta2 = group["betas"]
-        count = self._count([parameter for parameter, _ in pairs])
-        lr = torch.as_tensor(group["lr"], dtype=torch.float32, device=count.device)
-        correction2 = (1 - beta2**count).sqrt()
-        scalars = torch.stack([lr, factor.to(lr.dtype), 1 - beta1**count, correction2])
-        apply = update if pairs[0][0].device.type == "cpu" else fastest()
-        for parameter, gradient in pairs:
-            state = self.state[parameter]
+        for parameter, row in zip(used, scalars, strict=True):
+            state, shadow, average = self.state[parameter], shadows.get(parameter), averages.get(parameter)
+            gradient, m, v = gradients[parameter], state["exp_avg"], state["exp_avg_sq"]
+            fast = parameter.is_cuda and alike(parameter, (gradient, m, v, shadow, average))
+            apply = fastest() if fast else update
             apply(
                 parameter,
                 gradient,
-                state["exp_avg"],
-                state["exp_avg_sq"],
-                shadow=self.shadows.get(parameter),
-                average=averages.get(parameter),
-                scalars=scalars,
+                m,
+                v,
+                shadow=shadow,
+                average=average,
+                scalars=row,
                 beta1=beta1,
                 beta2=beta2,
                 eps=group["eps"],
                 weight_decay=group["weight_decay"],
                 average_decay=average_decay,
             )
+        torch.autograd.graph.increment_version(used)  # of which a kernel tells torch nothing
+
+    def _scalars(
+        self, group: dict[str, Any], used: list[Tensor], device: torch.device, factor: Tensor | None
+    ) -> Sequence[Tensor]:
+        """Count this step for each of the parameters; returns for each what `update` takes, computed for all at once."""
+        counts = []
+        for parameter in used:
+            state = self.state[parameter]
+            if not state:
+                state["step"] = torch.zeros((), device=device)
+                state["exp_avg"] = torch.zeros_like(parameter, memory_format=torch.preserve_format)
+                state["exp_avg_sq"] = torch.zeros_like(parameter, memory_format=torch.preserve_format)
+            counts.append(state["step"])
+        torch._foreach_add_(counts, 1)  # pyright: ignore[reportPrivateImportUsage]
+        taken = torch.stack(counts).double()  # 1 - b2^t has few digits left in float32 at first
+        beta1, beta2 = group["betas"]
+        lr = group["lr"]
+        if not isinstance(lr, Tensor) or lr.device != device:
+            lr = torch.full((), float(lr), device=device)  # unlike torch.tensor it does not wait for the device
+        factor = torch.ones((), device=device) if factor is None else factor.to(device)
+        columns = [lr.expand_as(taken), factor.expand_as(taken), 1 - beta1**taken, (1 - beta2**taken).sqrt()]
+        return torch.stack([column.float() for column in columns], dim=1).unbind()
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Of this class or of `torch.optim.AdamW`.
-
-        Raises:
-            ValueError: the parameters of one group have taken different numbers of steps.
-        """
+        """Of this class or of `torch.optim.AdamW`."""
         super().load_state_dict(state_dict)
         for group in self.param_groups:
-            taken = {float(self.state[p]["step"]) for p in group["params"] if self.state[p]}
-            if len(taken) > 1:
-                raise ValueError(f"the parameters of one group have taken {sorted(taken)} steps: use torch.optim.AdamW")
             for parameter in group["params"]:
-                if self.state[parameter]:
-                    self.state[parameter]["step"] = self.state[parameter]["step"].to(parameter.device, torch.float32)
-
-    def _count(self, parameters: list[Tensor]) -> Tensor:
-        """Count this step for each of the parameters, which have all taken as many; returns the count."""
-        known = [bool(self.state[parameter]) for parameter in parameters]
-        if any(known) and not all(known):
-            raise ValueError("a parameter got its first gradient after the others had theirs: use torch.optim.AdamW")
-        for parameter in parameters:
-            if not self.state[parameter]:
-                self.state[parameter] = {
-                    "step": torch.zeros((), device=parameter.device),
-                    "exp_avg": torch.zeros_like(parameter, memory_format=torch.preserve_format),
-                    "exp_avg_sq": torch.zeros_like(parameter, memory_format=torch.preserve_format),
-                }
-        counts = [self.state[parameter]["step"] for parameter in parameters]
-        torch._foreach_add_(counts, 1)  # pyright: ignore[reportPrivateImportUsage]
-        return counts[0]
+                if state := self.state.get(parameter):
+                    state["step"] = torch.as_tensor(state["step"]).to(parameter.device, torch.float32)
 
 
 def update(
@@ -215,60 +230,24 @@ def fastest() -> Callable[..., None]:
     return adamw
 
 
-def _norm(gradients: Iterable[Tensor]) -> Tensor:
-    norms = torch._foreach_norm(list(gradients), 2, torch.float32)  # pyright: ignore[reportPrivateImportUsage]
-    return torch.linalg.vector_norm(torch.stack(list(norms)))
+def alike(parameter: Tensor, others: Sequence[Tensor | None]) -> bool:
+    """Whether the kernel may go through all of them in the order of memory: dense, and laid out in the same way."""
+    given = [other for other in others if other is not None]
+    if all(tensor.is_contiguous() for tensor in (parameter, *given)):
+        return all(other.device == parameter.device for other in given)
+    last = {4: torch.channels_last, 5: torch.channels_last_3d}.get(parameter.ndim)
+    return last is not None and all(
+        tensor.is_contiguous(memory_format=last) and tensor.device == parameter.device for tensor in (parameter, *given)
+    )
 
 
-class Shadows:
-    """Copies of the weights of linear layers in autocast's dtype, which stand in for them while the model runs.
+def _gradient(parameter: Tensor, shadow: Tensor | None) -> Tensor | None:
+    if shadow is None or shadow.grad is None:
+        return parameter.grad
+    # Both, where the loss reaches the weight itself too (a penalty on weights).
+    return shadow.grad if parameter.grad is None else parameter.grad + shadow.grad
 
-    Autocast would cast the same weights at every step, and their gradients back: the numbers are the same. Other parameters
-    (norms, embeddings) stay as they are, as they do under autocast. After a weight was changed from outside (a checkpoint
-    was loaded), the copies are made anew.
 
-    Args:
-        model: with float32 weights.
-        dtype: of the copies.
-    """
-
-    def __init__(self, model: nn.Module, dtype: torch.dtype) -> None:
-        self.copies: dict[Tensor, Tensor] = {}
-        self.places: list[tuple[nn.Module, str, nn.Parameter, nn.Parameter]] = []
-        for module in model.modules():
-            if not isinstance(module, nn.Linear | SplitLinear):
-                continue
-            for name, parameter in module._parameters.items():
-                if parameter is None or parameter.dtype != torch.float32:
-                    continue
-                if parameter not in self.copies:
-                    copy = nn.Parameter(parameter.detach().to(dtype), requires_grad=parameter.requires_grad)
-                    self.copies[parameter] = copy
-                self.places.append((module, name, parameter, self.copies[parameter]))  # pyright: ignore[reportArgumentType]
-        self.versions: list[int] = []
-        self.remember()
-
-    def __enter__(self) -> None:
-        for module, name, _, copy in self.places:
-            module._parameters[name] = copy
-
-    def __exit__(self, *error: object) -> None:
-        for module, name, parameter, _ in self.places:
-            module._parameters[name] = parameter
-
-    def remember(self) -> None:
-        """The weights are now what their copies are of."""
-        self.versions = [parameter._version for parameter in self.copies]
-
-    @torch.no_grad()
-    def refresh(self) -> None:
-        """Copy again if a weight was changed from outside."""
-        if [parameter._version for parameter in self.copies] != self.versions:
-            for parameter, copy in self.copies.items():
-                copy.copy_(parameter)
-            self.remember()
-
-    def release(self) -> None:
-        """Drop the copies' gradients."""
-        for copy in self.copies.values():
-            copy.grad = None
+def _norm(gradients: list[Tensor]) -> Tensor:
+    norms = torch._foreach_norm(gradients, 2, torch.float32)  # pyright: ignore[reportPrivateImportUsage]
+    return torch.linalg.vector_norm(torch.stack([norm.to(norms[0].device) for norm in norms]))

@@ -7,19 +7,22 @@ gain of dropping tokens shows on the clock only when launches are out of the way
 same numbers.
 """
 
-import math
-from collections.abc import Callable, Hashable
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from sprint.capture import LIMIT, WARMUP, Graph, Graphs, ModelState
+from sprint.averages import Averages
+from sprint.capture import LIMIT, WARMUP, Graph, Graphs, check_autocast, check_counts
 from sprint.compiling import compile_blocks
+from sprint.gradients import Window
+from sprint.graph_state import ModelState, OptimizerState, Together
 from sprint.guidance import unwrapped
-from sprint.optim import AdamW, Shadows
+from sprint.optim import AdamW
+from sprint.shadows import Shadows
 
 
 class StepOutput(NamedTuple):
@@ -40,25 +43,35 @@ class StepOutput(NamedTuple):
 class TrainStep:
     """A training step for any model, loss function and optimizer.
 
+    Gradients belong to the step: `p.grad` is None after an update, and what others leave there is not used. On a GPU no
+    Python runs once a step is captured: an attribute of the loss function, or a hook, that changes later has no effect.
+    Modes, paths, checkpointing, `requires_grad` and the optimizer's options are looked at in each call.
+
     Args:
         model: trained in place, also inside DistributedDataParallel or FSDP2, where nothing is captured: the blocks are
             compiled, and collectives overlap with the backward pass as usual.
         loss: called as `loss(model, *args, **kwargs)`; returns a scalar, or an object or dictionary with a scalar `loss`.
         optimizer: of torch, or with its interface; `sprint.AdamW` clips and averages in its own pass over memory, and
             keeps the weights of linear layers in autocast's dtype beside the float32 ones. On a GPU its learning rates
-            become tensors (schedulers fill them), and its states capturable.
+            become tensors (schedulers fill them), its states capturable, and SGD fused.
         clip: largest total norm of the gradients; None leaves them.
         ema: a copy of the model whose parameters follow (averaged within the captured step), or an object with
             `step(parameters)` (`diffusers.training_utils.EMAModel`) or `update_parameters(model)`
             (`torch.optim.swa_utils.AveragedModel`), called after each update.
         ema_decay: of a copied model.
-        accumulate: calls per update; the mean of their gradients is taken.
+        accumulate: calls per update; the mean of their gradients is taken. After an exception they are counted anew.
         autocast: dtype of the products, such as torch.bfloat16; None for the model's own.
+        shadows: with `sprint.AdamW` and autocast, keep weights of linear layers in autocast's dtype. False casts them in
+            each step, as autocast does: for models that turn autocast off for some layers, or read weights themselves.
         compile: compile the blocks, each distinct shape once; by default on a GPU.
         capture: capture CUDA graphs; by default on a GPU.
-        warmup: plain steps before a shape is captured.
+        warmup: plain steps before a shape is captured, at least one.
         limit: graphs kept at most, one for each shape, drop sampler and other option.
         make_graph: for tests.
+
+    Raises:
+        TypeError: an argument of another kind.
+        ValueError: a value out of range, an `ema` that is no copy of the model, an optimizer of another model.
 
     Examples:
         >>> model = nn.Linear(2, 1)
@@ -80,56 +93,56 @@ class TrainStep:
         ema_decay: float = 0.9999,
         accumulate: int = 1,
         autocast: torch.dtype | None = None,
+        shadows: bool = True,
         compile: bool | None = None,  # noqa: A002  # torch's word
         capture: bool | None = None,
         warmup: int = WARMUP,
         limit: int = LIMIT,
         make_graph: Callable[[], Graph] | None = None,
     ) -> None:
-        if not hasattr(optimizer, "param_groups"):
-            raise TypeError(
-                f"optimizer must be one like torch.optim.AdamW(model.parameters()), got {type(optimizer).__name__}"
-            )
-        if not callable(loss):
-            raise TypeError(f"loss must be a function of the model and its batch, got {type(loss).__name__}")
-        self.parameters = [p for group in optimizer.param_groups for p in group["params"] if p.requires_grad]
-        if not self.parameters:
-            raise ValueError("the optimizer has no parameter that requires a gradient: pass model.parameters()")
-        _check(clip, accumulate, ema_decay, autocast)
-        self.device = self.parameters[0].device
+        _check_parts(model, loss, optimizer)
+        _check_numbers(clip, accumulate, ema_decay, autocast)
+        check_counts(warmup, limit, least=1)  # states of the optimizer are made in a plain step
+        self.model, self.loss, self.optimizer = model, loss, optimizer
+        self.clip, self.accumulate, self.autocast = clip, accumulate, autocast
+        self.device = next(p.device for p in self.parameters if p.requires_grad)
         on_gpu = self.device.type == "cuda"
         if capture and not on_gpu and make_graph is None:
             raise ValueError(f"capture=True needs a CUDA device, the model is on {self.device}: leave capture out")
-        self.model, self.loss, self.optimizer = model, loss, optimizer
-        self.clip, self.accumulate, self.autocast = clip, accumulate, autocast
-        self._after = self._prepare_ema(ema, ema_decay)
+        self._averages = Averages(model, ema, ema_decay)
         if on_gpu if compile is None else compile:
             compile_blocks(unwrapped(model))
+        cannot, captures = self._cannot(), capture is not False and (on_gpu or make_graph is not None)
         self._shadows: Shadows | None = None
-        if isinstance(optimizer, AdamW) and autocast is not None and accumulate == 1 and self._cannot() is None:
+        if shadows and isinstance(optimizer, AdamW) and autocast is not None and accumulate == 1 and cannot is None:
             self._shadows = Shadows(model, autocast)
-            optimizer.shadows = self._shadows.copies
-        self._model_state = ModelState(model)
-        self._rates: list[Tensor] = []
         self._graphs: Graphs | None = None
-        self.accumulated = 0
-        if capture is not False and (on_gpu or make_graph is not None):
+        self._optimizer_state: OptimizerState | None = None
+        self._window = Window(accumulate, fixed=captures and cannot is None)
+        self.accumulated = self._filled = 0
+        if captures:
+            models = [part for part in (model, loss) if isinstance(part, nn.Module)]
+            optimizer_state = OptimizerState(optimizer, self.device, [p for each in models for p in each.parameters()])
             graphs = Graphs(
                 self._run,
                 device=self.device,
-                state=self._state,
-                before=self._release,
+                state=Together(ModelState(*models), optimizer_state, self._averages),
+                recording=self._recording,
                 warmup=warmup,
                 limit=limit * min(accumulate, 3),  # the first, the middle and the last of a window differ
                 make_graph=make_graph,
             )
-            if reason := self._cannot():
-                graphs.say(reason)
+            if cannot is not None:
+                graphs.say(cannot)
             else:
-                self._graphs = graphs
-                self._make_capturable()
-        for parameter in self.parameters:  # with accumulation every graph must add to the same memory
-            parameter.grad = torch.zeros_like(parameter) if accumulate > 1 else None
+                self._graphs, self._optimizer_state = graphs, optimizer_state
+                optimizer_state.prepare()
+        self._forget_gradients()
+
+    @property
+    def parameters(self) -> list[nn.Parameter]:
+        """Of the optimizer, also of groups that were added later."""
+        return [parameter for group in self.optimizer.param_groups for parameter in group["params"]]
 
     def __call__(self, *args: Any, **kwargs: Any) -> StepOutput:
         """Train on one batch.
@@ -139,58 +152,75 @@ class TrainStep:
             **kwargs: passed to the loss. Tensors may change from call to call; every other value, such as a drop sampler,
                 belongs to what is captured.
         """
-        first, updates = self.accumulated == 0, self.accumulated + 1 == self.accumulate
+        updates, captured = self.accumulated + 1 == self.accumulate, False
         if self._shadows is not None:
             self._shadows.refresh()
-        if self._graphs is None:
-            (loss, norm, metrics), captured = self._run(*args, _first=first, _updates=updates, **kwargs), False
-        else:
-            self._keep_rates()
-            (loss, norm, metrics), captured = self._graphs(*args, _first=first, _updates=updates, **kwargs)
+        try:
+            if self._graphs is None or self._optimizer_state is None:
+                result = self._run(*args, _filled=self._filled, _updates=updates, **kwargs)
+            else:
+                self._optimizer_state.prepare()
+                result, captured = self._graphs(*args, _filled=self._filled, _updates=updates, **kwargs)
+        except BaseException:
+            self.accumulated = self._filled = 0
+            self._forget_gradients()
+            raise
+        loss, norm, metrics, self._filled = result
         self.accumulated = 0 if updates else self.accumulated + 1
         if updates:
-            self._after()
+            self._filled = 0
+            if captured:  # torch, and the copies of other steps, learn nothing from a replay
+                torch.autograd.graph.increment_version(self.parameters)
+            if self._shadows is not None:
+                self._shadows.remember()
+            self._forget_gradients()
+            self._averages.after()
         return StepOutput(loss, norm, metrics, updates, captured)
 
-    def _run(self, *args: Any, _first: bool, _updates: bool, **kwargs: Any) -> tuple[Tensor, Tensor | None, dict]:
+    def refresh(self) -> None:
+        """Say that weights were changed in a way that torch does not count: through `parameter.data`, or by a kernel.
+
+        Only `sprint.AdamW` with autocast needs it, for its copies of the weights. Loading a state, or `copy_` under
+        `torch.no_grad()`, is noticed; `EMAModel.copy_to` of diffusers is not.
+        """
+        if self._shadows is not None:
+            self._shadows.refresh(always=True)
+
+    def _run(self, *args: Any, _filled: int, _updates: bool, **kwargs: Any) -> tuple[Tensor, Tensor | None, dict, int]:
         """The whole step; this is what a graph captures."""
-        if _first and self.accumulate > 1:
-            torch._foreach_zero_([p.grad for p in self.parameters])  # pyright: ignore[reportPrivateImportUsage]
-        with self._synchronised(_updates):
-            context = nullcontext() if self.autocast is None else torch.autocast(self.device.type, self.autocast)
-            with context, self._shadows or nullcontext():
+        parameters = self.parameters
+        self._window.open(parameters, _filled)
+        if self._shadows is not None:
+            self._shadows.release()
+        context = nullcontext() if self.autocast is None else torch.autocast(self.device.type, self.autocast)
+        with self._synchronised(_updates), self._shadows or nullcontext():  # also when checkpointing runs blocks again
+            with context:
                 output = self.loss(self.model, *args, **kwargs)
             loss = _scalar(output)
             (loss / self.accumulate).backward()
-        if not _updates:
-            return loss.detach(), None, _metrics(output)
-        norm = self._update()
-        self._release()
-        return loss.detach(), norm, _metrics(output)
-
-    def _update(self) -> Tensor | None:
-        """Clip, update, average; returns the norm if clipped."""
-        if isinstance(self.optimizer, AdamW):
-            self.optimizer.step(clip=self.clip, averages=self._averages, average_decay=self._decay)
-            if self._shadows is not None:
-                self._shadows.remember()
-            return None if self.clip is None else self.optimizer.grad_norm
+        filled = self._window.close(parameters, _filled)
         norm = None
-        if self.clip is not None:
-            norm = torch.nn.utils.clip_grad_norm_(self.parameters, self.clip)
+        if _updates:
+            norm = self._update(parameters)
+            self._forget_gradients()  # within the graph, whose later part and whose successors then use their memory
+        return loss.detach(), norm, _metrics(output), filled
+
+    def _update(self, parameters: list[nn.Parameter]) -> Tensor | None:
+        """Clip, update, average; returns the norm if clipped."""
+        averages = self._averages
+        if isinstance(self.optimizer, AdamW):
+            copies = None if self._shadows is None else self._shadows.copies
+            self.optimizer.step(clip=self.clip, averages=averages.following(), average_decay=averages.decay, shadows=copies)
+            return None if self.clip is None else self.optimizer.grad_norm
+        norm = None if self.clip is None else torch.nn.utils.clip_grad_norm_(parameters, self.clip)
         self.optimizer.step()
-        if self._averages:
-            parameters, averages = [p.data for p in self._averages], list(self._averages.values())
-            torch._foreach_lerp_(averages, parameters, 1 - self._decay)  # pyright: ignore[reportPrivateImportUsage]
+        averages.follow()
         return norm
 
-    def _release(self) -> None:
-        """Drop the gradients, which are used up, so that a backward pass writes new ones instead of adding."""
-        if self.accumulate == 1:
-            for parameter in self.parameters:
-                parameter.grad = None
-            if self._shadows is not None:
-                self._shadows.release()
+    def _forget_gradients(self) -> None:
+        self._window.clear(self.parameters)
+        if self._shadows is not None:
+            self._shadows.release()
 
     def _synchronised(self, updates: bool) -> AbstractContextManager[Any]:
         """Gradients are averaged over processes when they are complete."""
@@ -200,23 +230,23 @@ class TrainStep:
             self.model.set_requires_gradient_sync(updates)  # pyright: ignore[reportCallIssue]
         return nullcontext()
 
-    def _prepare_ema(self, ema: Any, decay: float) -> Callable[[], None]:
-        self._averages: dict[Tensor, Tensor] = {}
-        self._decay = decay
-        model = unwrapped(self.model)
-        if ema is None:
-            return lambda: None
-        if hasattr(ema, "update_parameters"):
-            return lambda: ema.update_parameters(model)
-        if isinstance(ema, nn.Module):
-            ours, theirs = dict(model.named_parameters()), dict(ema.named_parameters())
-            if ema is model or ours.keys() != theirs.keys():
-                raise ValueError("ema is not a copy of the model: copy.deepcopy(model), before it is wrapped in DDP")
-            self._averages = {ours[name]: theirs[name].data for name in ours if ours[name].requires_grad}
-            return lambda: None
-        if hasattr(ema, "step"):
-            return lambda: ema.step(model.parameters())
-        raise TypeError(f"ema must be a copy of the model, or have step or update_parameters, got {type(ema).__name__}")
+    @contextmanager
+    def _recording(self) -> Iterator[None]:
+        """Around a capture, which runs nothing: if it fails, states that Python made meanwhile were never filled."""
+        had = {parameter for parameter, state in self.optimizer.state.items() if state}
+        self._window.recording = True
+        try:
+            yield
+        except BaseException:
+            for parameter in [parameter for parameter in self.optimizer.state if parameter not in had]:
+                del self.optimizer.state[parameter]
+            for parameter in self.parameters:  # in the graph's memory
+                parameter.grad = None
+            if self._shadows is not None:
+                self._shadows.release()
+            raise
+        finally:
+            self._window.recording = False
 
     def _cannot(self) -> str | None:
         """Why this step cannot be captured, if so."""
@@ -228,67 +258,55 @@ class TrainStep:
             return "the parameters are on several devices"
         return None
 
-    def _make_capturable(self) -> None:
-        """Learning rates and step counts as tensors on the device, where a graph finds them."""
-        for group in self.optimizer.param_groups:
-            if "capturable" in group:
-                group["capturable"] = True
-            self._rates.append(torch.tensor(float(group["lr"]), device=self.device))
-        # Or torch warns of each plain step before the capture.
-        self.optimizer._warned_capturable_if_run_uncaptured = True  # pyright: ignore[reportAttributeAccessIssue]
-        for state in self.optimizer.state.values():
-            if isinstance(count := state.get("step"), Tensor):
-                state["step"] = count.to(self.device)
-        self._keep_rates()
 
-    def _keep_rates(self) -> None:
-        """A rate that was set as a number, or loaded, goes into the tensor that the graphs read."""
-        for group, rate in zip(self.optimizer.param_groups, self._rates, strict=True):
-            if group["lr"] is not rate:
-                rate.fill_(float(group["lr"]))
-                group["lr"] = rate
-
-    def _state(self) -> Hashable:
-        """What a graph has built in besides its arguments: modes, options, and where parameters and states are."""
-        groups = tuple(
-            tuple((key, value) for key, value in group.items() if key not in ("params", "lr") and _plain(value))
-            for group in self.optimizer.param_groups
-        )
-        ends = (self.parameters[0], self.parameters[-1])
-        states = (id(value) for p in ends for value in self.optimizer.state.get(p, {}).values() if isinstance(value, Tensor))
-        return self._model_state(), groups, tuple(states)
+def _check_parts(model: Any, loss: Any, optimizer: Any) -> None:
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}: the model itself, not its parameters")
+    if not callable(loss):
+        raise TypeError(f"loss must be a function of the model and its batch, got {type(loss).__name__}")
+    if not hasattr(optimizer, "param_groups"):
+        raise TypeError(f"optimizer must be one like torch.optim.AdamW(model.parameters()), got {type(optimizer).__name__}")
+    trained = [p for group in optimizer.param_groups for p in group["params"] if p.requires_grad]
+    if not trained:
+        raise ValueError("the optimizer has no parameter that requires a gradient: pass model.parameters()")
+    if set(trained).isdisjoint(model.parameters()):
+        raise ValueError("the optimizer has no parameter of this model, which would not train: pass model.parameters()")
 
 
-def _check(clip: float | None, accumulate: int, ema_decay: float, autocast: torch.dtype | None) -> None:
+def _check_numbers(clip: Any, accumulate: Any, ema_decay: Any, autocast: Any) -> None:
+    for name, value in (("clip", clip), ("ema_decay", ema_decay)):
+        if isinstance(value, bool) or not isinstance(value, int | float | None):
+            raise TypeError(f"{name} must be a number, got {value!r}")
     if clip is not None and not clip > 0:
         raise ValueError(f"clip is the largest norm of the gradients, positive, got {clip}: None turns it off")
-    if accumulate < 1:
-        raise ValueError(f"accumulate must be at least 1 call per update, got {accumulate}")
-    if not 0 <= ema_decay < 1:
+    if isinstance(accumulate, bool) or not isinstance(accumulate, int) or accumulate < 1:
+        raise ValueError(f"accumulate must be at least 1 call per update, a whole number, got {accumulate!r}")
+    if ema_decay is None or not 0 <= ema_decay < 1:
         raise ValueError(f"ema_decay must be in [0, 1), got {ema_decay}")
+    check_autocast(autocast)
     if autocast == torch.float16:
         raise ValueError("float16 gradients vanish without loss scaling, which TrainStep has not: torch.bfloat16")
 
 
 def _scalar(output: Any) -> Tensor:
-    loss = output["loss"] if isinstance(output, dict) else getattr(output, "loss", output)
+    loss = output.get("loss") if isinstance(output, dict) else getattr(output, "loss", output)
     if not isinstance(loss, Tensor) or loss.ndim:
-        shape = tuple(loss.shape) if isinstance(loss, Tensor) else type(loss).__name__
-        raise TypeError(f"the loss function must return a scalar tensor, or an object with one as `loss`, got {shape}")
+        got = tuple(loss.shape) if isinstance(loss, Tensor) else type(loss).__name__
+        if isinstance(output, dict) and "loss" not in output:
+            got = f"a dictionary with {', '.join(map(repr, output)) or 'nothing'}"
+        raise TypeError(f"the loss function must return a scalar tensor, or an object with one as `loss`, got {got}")
     return loss
 
 
 def _metrics(output: Any) -> dict[str, Tensor]:
-    """Scalars beside the loss, of an object or a dictionary."""
+    """Scalars beside the loss, of an object, a named tuple or a dictionary."""
+    if isinstance(output, Tensor):
+        return {}
     fields = output if isinstance(output, dict) else getattr(output, "__dict__", {})
+    if isinstance(output, tuple) and hasattr(output, "_asdict"):
+        fields = output._asdict()  # pyright: ignore[reportAttributeAccessIssue]
     return {
         name: value.detach()
         for name, value in fields.items()
-        if name != "loss" and isinstance(value, Tensor) and not value.ndim and not isinstance(output, Tensor)
+        if name != "loss" and isinstance(value, Tensor) and not value.ndim
     }
-
-
-def _plain(value: Any) -> bool:
-    if isinstance(value, float) and math.isnan(value):
-        return False  # never equal to itself
-    return isinstance(value, (int, float, str, tuple, bool, type(None)))
