@@ -8,7 +8,7 @@ import triton.language as tl
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from sprint import modulation_kernels, rotary_kernels
+from sprint.kernels import modulation, rotary
 
 WIDE = {"C": 1152, "BLOCK": 2048, "WIDE": tl.float32}
 HEADS = {"H": 16, "D": 72, "HEADS": 16, "WIDTH": 128, "WIDE": tl.float32}
@@ -27,12 +27,12 @@ def compile_for_h100(kernel, constants, warps):
 
 
 for kernel, constants, warps in (
-    (modulation_kernels._forward, {**WIDE, "GATED": False}, 4),
-    (modulation_kernels._forward, {**WIDE, "GATED": True}, 4),
-    (modulation_kernels._backward, {**WIDE, "GATED": False}, 8),
-    (modulation_kernels._backward, {**WIDE, "GATED": True}, 8),
-    (rotary_kernels._forward, HEADS, 8),
-    (rotary_kernels._backward, HEADS, 8),
+    (modulation._forward, {**WIDE, "GATED": False}, 4),
+    (modulation._forward, {**WIDE, "GATED": True}, 4),
+    (modulation._backward, {**WIDE, "GATED": False}, 8),
+    (modulation._backward, {**WIDE, "GATED": True}, 8),
+    (rotary._forward, HEADS, 8),
+    (rotary._backward, HEADS, 8),
 ):
     asm = compile_for_h100(kernel, constants, warps)
     moves = [line for line in asm["ptx"].splitlines() if "ld.global" in line or "st.global" in line]

@@ -115,7 +115,7 @@ def test_accumulation_is_captured():
 @pytest.mark.parametrize("extras", [False, True])
 @pytest.mark.parametrize("gradient", [torch.float32, torch.bfloat16])
 def test_the_adamw_kernel_equals_its_twin(gradient, extras):
-    from sprint.kernels import adamw
+    from sprint.kernels.adamw import adamw
     from sprint.optim import update
 
     results = []

@@ -7,7 +7,7 @@
 Each computes in float32 whatever the dtype of its tensors, and rounds once, where it writes. Each has a twin in plain torch
 here, `plain_*`, that says what it means, and that its tests compare it with, outputs and gradients.
 
-Each launch is an operation of torch (`sprint.launches`). What differentiates it is an `autograd.Function` rather than the
+Each launch is an operation of torch (`kernels.launches`). What differentiates it is an `autograd.Function` rather than the
 operation's own formula, since an operation may not return a view of its input: x passes through `modulate`, so that its
 gradient along the residual is added where the other one is computed, and the values pass through `norm_and_rotate`, so that
 dq, dk and dv go into one packed gradient. Both save a pass over the tokens.
@@ -19,8 +19,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from sprint import launches
-from sprint.launches import EPS, residual_dtype, wide_dtype
+from sprint.kernels import launches
+from sprint.kernels.launches import EPS, residual_dtype, wide_dtype
 
 Kernels = Literal["torch", "triton"]
 
@@ -31,7 +31,7 @@ def check_kernels(kernels: str, device: torch.device) -> None:
         raise ValueError(f"unknown kernels {kernels!r}: choose one of {', '.join(get_args(Kernels))}")
     if kernels == "triton":
         try:
-            from sprint.kernels import interpreted
+            from sprint.kernels.mode import interpreted
         except ImportError as error:
             raise ImportError(
                 f"kernels 'triton' cannot be imported ({error}): pip install triton, or use 'torch'"

@@ -224,7 +224,7 @@ def update(
 def fastest() -> Callable[..., None]:
     """The Triton kernel where Triton is installed, else the plain update."""
     try:
-        from sprint.kernels import adamw
+        from sprint.kernels.adamw import adamw
     except ImportError:
         return update
     return adamw

@@ -1,4 +1,4 @@
-"""Triton kernels; importing this module needs Triton. Each has a plain twin that its tests compare it with."""
+"""The update of AdamW in one pass over memory; its twin is `sprint.optim.update`."""
 
 from typing import Any
 
@@ -10,18 +10,8 @@ from torch import Tensor
 BLOCK = 4096
 
 
-def wide(x: Tensor) -> Any:
-    """Triton's type to compute in: float32, or float64 for float64, which lets tests differentiate numerically."""
-    return tl.float64 if x.dtype == torch.float64 else tl.float32
-
-
-def interpreted() -> bool:
-    """Whether kernels run in Triton's interpreter, that is, whether TRITON_INTERPRET=1 was set when they were imported."""
-    return not isinstance(_adamw, triton.JITFunction)
-
-
 @triton.jit
-def _adamw(  # noqa: PLR0917  # a launch passes arguments by position
+def _adamw(  # a launch passes arguments by position
     parameter,
     gradient,
     exp_avg,

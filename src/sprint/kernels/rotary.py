@@ -17,7 +17,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from sprint.kernels import wide
+from sprint.kernels.mode import wide
 
 # pyright: reportGeneralTypeIssues=false, reportAttributeAccessIssue=false
 

@@ -43,10 +43,10 @@ def _modulated(x: Tensor, shift: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]
 @torch.library.custom_op("sprint::modulate", mutates_args=())
 def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
     """Modulated tokens; mean and inverse standard deviation of each token, (B, N, 2)."""
-    from sprint import modulation_kernels
+    from sprint.kernels import modulation
 
     y, stats = _modulated(x, shift, scale)
-    modulation_kernels.forward(
+    modulation.forward(
         x.contiguous(), None, None, _rows(shift), _rows(scale), r=None, y=y, stats=stats, eps=EPS
     )  # fmt: skip
     return y, stats
@@ -61,10 +61,10 @@ def gate_and_modulate(
     x: Tensor, branch: Tensor, gate: Tensor, shift: Tensor, scale: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gated residual, modulated tokens, statistics of the residual."""
-    from sprint import modulation_kernels
+    from sprint.kernels import modulation
 
     r, y, stats = _gated(x, branch, gate, shift, scale)
-    modulation_kernels.forward(
+    modulation.forward(
         x.contiguous(), branch.contiguous(), _rows(gate), _rows(shift), _rows(scale), r=r, y=y, stats=stats, eps=EPS
     )
     return r, y, stats
@@ -82,10 +82,10 @@ def _modulate_gradients(dr: Tensor, dy: Tensor, x: Tensor, scale: Tensor, stats:
 @torch.library.custom_op("sprint::modulate_backward", mutates_args=())
 def modulate_backward(dr: Tensor, dy: Tensor, x: Tensor, scale: Tensor, stats: Tensor) -> tuple[Tensor, Tensor]:
     """dx, given also the gradient that comes along the residual; partial sums of dshift and dscale, (B, parts, 2, C)."""
-    from sprint import modulation_kernels
+    from sprint.kernels import modulation
 
     dx, sums = _modulate_gradients(dr, dy, x, scale, stats)
-    modulation_kernels.backward(
+    modulation.backward(
         dr.contiguous(), dy.contiguous(), x.contiguous(), None, None, _rows(scale), stats, dx=dx, dbranch=None, sums=sums,
         share=_share(*x.shape[:2]),
     )  # fmt: skip
@@ -103,10 +103,10 @@ def gate_and_modulate_backward(
     dr: Tensor, dy: Tensor, r: Tensor, branch: Tensor, gate: Tensor, scale: Tensor, stats: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
     """dx, dbranch; partial sums of dshift, dscale and dgate, (B, parts, 3, C)."""
-    from sprint import modulation_kernels
+    from sprint.kernels import modulation
 
     dx, dbranch, sums = _gated_gradients(dr, dy, r, branch, gate, scale, stats)
-    modulation_kernels.backward(
+    modulation.backward(
         dr.contiguous(), dy.contiguous(), r.contiguous(), branch.contiguous(), _rows(gate), _rows(scale), stats, dx=dx,
         dbranch=dbranch, sums=sums, share=_share(*r.shape[:2]),
     )  # fmt: skip
@@ -122,11 +122,11 @@ def _rotated(qkv: Tensor, q_weight: Tensor, k_weight: Tensor, rope: Tensor, eps:
 @torch.library.custom_op("sprint::norm_and_rotate", mutates_args=())
 def norm_and_rotate(qkv: Tensor, q_weight: Tensor, k_weight: Tensor, rope: Tensor, eps: float) -> tuple[Tensor, Tensor]:
     """Queries and keys, (B, N, heads, head_dim)."""
-    from sprint import rotary_kernels
+    from sprint.kernels import rotary
 
     q, k = _rotated(qkv, q_weight, k_weight, rope, eps)
     qkv, q_weight, k_weight, rope = (x.contiguous() for x in (qkv, q_weight, k_weight, rope))
-    rotary_kernels.forward(qkv, q_weight, k_weight, rope, q=q, k=k, eps=eps)
+    rotary.forward(qkv, q_weight, k_weight, rope, q=q, k=k, eps=eps)
     return q, k
 
 
@@ -144,14 +144,14 @@ def norm_and_rotate_backward(
     dq: Tensor, dk: Tensor, dv: Tensor, qkv: Tensor, q_weight: Tensor, k_weight: Tensor, rope: Tensor, eps: float
 ) -> tuple[Tensor, Tensor]:
     """dqkv, of queries, keys and values; partial sums of the gradients of both weights, (parts, 2, head_dim)."""
-    from sprint import rotary_kernels
+    from sprint.kernels import rotary
 
     dqkv, sums = _rotated_gradients(dq, dk, dv, qkv, q_weight, k_weight, rope, eps)
     dq, dk, dv, qkv, q_weight, k_weight, rope = (
         x.contiguous() for x in (dq, dk, dv, qkv, q_weight, k_weight, rope)
     )  # fmt: skip
     share = _share(1, qkv.shape[0] * qkv.shape[1])
-    rotary_kernels.backward(dq, dk, dv, qkv, q_weight, k_weight, rope, dqkv=dqkv, sums=sums, share=share, eps=eps)
+    rotary.backward(dq, dk, dv, qkv, q_weight, k_weight, rope, dqkv=dqkv, sums=sums, share=share, eps=eps)
     return dqkv, sums
 
 
