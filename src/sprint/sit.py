@@ -81,13 +81,9 @@ class SiT(nn.Module):
         self.decoder = nn.ModuleList(blocks[last:])
         self.final_layer = FinalLayer(c.dim, c.in_channels * c.patch_size**2)
         if c.repa_dim is not None:
-            self.projectors = nn.Sequential(
-                nn.Linear(c.dim, c.repa_hidden),
-                nn.SiLU(),
-                nn.Linear(c.repa_hidden, c.repa_hidden),
-                nn.SiLU(),
-                nn.Linear(c.repa_hidden, c.repa_dim),
-            )
+            wide = c.repa_hidden
+            head = (nn.Linear(c.dim, wide), nn.SiLU(), nn.Linear(wide, wide), nn.SiLU(), nn.Linear(wide, c.repa_dim))
+            self.projectors = nn.Sequential(*head)
         self.reset_parameters()
 
     @classmethod
@@ -232,17 +228,13 @@ class SiT(nn.Module):
             ImportError: it is not installed.
         """
         check_backend(backend)
-        for module in self.modules():
-            if isinstance(module, Attention):
-                module.backend = backend
-        return self
+        return self._set(Attention, backend=backend)
 
     def set_kernels(self, kernels: Kernels) -> "SiT":
         """Choose what computes the element-wise part of all blocks; returns self.
 
         "torch" leaves it to PyTorch and its compiler. "triton" takes our kernels for adaLN, the residual between attention
-        and MLP, q/k-norm and rotary positions: the same numbers up to rounding, in fewer passes over memory. Choose before
-        the first training step: what a CUDA graph has captured stays as it is.
+        and MLP, q/k-norm and rotary positions: the same numbers up to rounding, in fewer passes over memory.
 
         Raises:
             ValueError: unknown choice, a device that has no such kernels, or blocks without q/k-norm or rotary positions.
@@ -254,19 +246,20 @@ class SiT(nn.Module):
                 f"kernels 'triton' need qk_norm=True and positions='rope', this model has qk_norm={self.config.qk_norm} and "
                 f"positions={self.config.positions!r}: use 'torch'"
             )
-        for module in self.modules():
-            if isinstance(module, Attention | Block):
-                module.kernels = kernels
-        return self
+        return self._set(Attention, Block, kernels=kernels)
 
     def set_checkpointing(self, enabled: bool = True) -> "SiT":
         """Recompute each block in the backward pass instead of storing its activations; returns self.
 
         Less memory for about a third more work. Drops and fusion are not recomputed.
         """
+        return self._set(Block, recompute=enabled)
+
+    def _set(self, *kinds: type[nn.Module], **option: Any) -> "SiT":
+        """Set an option of all modules of some kinds."""
         for module in self.modules():
-            if isinstance(module, Block):
-                module.recompute = enabled
+            if isinstance(module, kinds):
+                vars(module).update(option)
         return self
 
     def save(self, path: checkpoint.PathLike) -> None:

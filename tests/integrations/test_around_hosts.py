@@ -96,10 +96,17 @@ def test_offloading_before_wrapping(offload):
         assert outputs[0].equal(outputs[1])
 
 
-def test_accelerate_before_and_after():
+@pytest.fixture
+def accelerator():
+    """Whatever an earlier test told accelerate's state, which a process has one of."""
     accelerate = pytest.importorskip("accelerate")
+    accelerate.state.AcceleratorState._reset_state(reset_partial_state=True)
+    yield accelerate.Accelerator(mixed_precision="bf16", cpu=True)
+    accelerate.state.AcceleratorState._reset_state(reset_partial_state=True)
+
+
+def test_accelerate_before_and_after(accelerator):
     model, arguments = CASES["dit"]()
-    accelerator = accelerate.Accelerator(mixed_precision="bf16", cpu=True)
     calls = []
     for block in model.transformer_blocks[2:4]:
         block.register_forward_hook(lambda m, a, out: calls.append(out.shape[1]))
