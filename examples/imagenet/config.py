@@ -1,22 +1,10 @@
-"""Options of train.py: a YAML file, checked whole before anything else happens.
-
-Names are the SPRINT reference's and, where it says nothing, those of REPA and of diffusers' training scripts; `ALIASES`
-lists others that are understood. Sections (`model:`, `training:`, ...) may group options; they change nothing. The section
-`finetune:` holds what differs in the second stage.
-
-Unknown options are errors, and so are options without effect: `representation_depth` while `representation_align` is not
-mentioned, say. Next to an explicit `representation_align: false` it is understood as parked.
+"""Options of train.py. Names are the SPRINT reference's and, where it says nothing, those of REPA and of diffusers' training
+scripts; the section `finetune:` of a file holds what differs in the second stage. How a file is read: reading.py.
 """
 
-import contextlib
 import dataclasses
-import difflib
-import types
-import typing
 from pathlib import Path
 from typing import Any, Literal
-
-import yaml
 
 import sprint
 from sprint.config import PRESETS
@@ -26,21 +14,6 @@ from sprint.teacher import DINOV2_B
 MaskType = Literal["random", "structured_with_random_offset"]
 Stages = Literal["pretrain", "finetune", "both"]
 
-ALIASES = {  # other projects' names
-    "drop_ratio": "mask_ratio",
-    "cfg_prob": "class_dropout_prob",
-    "path_drop": "path_drop_prob",
-    "proj_coeff": "representation_weight",
-    "enc_type": "representation_encoder",
-    "lr": "learning_rate",
-    "lr_warmup_steps": "warmup_steps",
-    "lr_scheduler": "lr_schedule",
-    "ema": "ema_decay",
-    "weight_decay": "adam_weight_decay",
-    "gradient_checkpointing": "activation_checkpointing",
-    "global_batch_size": "batch_size",
-    "data_path": "data_dir",
-}
 ENCODERS = {"dinov2-vit-b": DINOV2_B, "dinov2-vit-l": "vit_large_patch14_dinov2.lvd142m"}  # REPA's names, timm's names
 
 
@@ -214,16 +187,6 @@ SWITCHES = [
 ]
 
 
-class _Loader(yaml.SafeLoader):
-    """Refuses a key that is given twice, of which YAML itself takes the last."""
-
-    def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
-        keys = [self.construct_object(key, deep=True) for key, _ in node.value]
-        if twice := sorted({str(key) for key in keys if keys.count(key) > 1}):
-            raise yaml.YAMLError(f"{', '.join(twice)} given twice in one section")
-        return super().construct_mapping(node, deep)
-
-
 _PROBABILITY = (lambda value: 0 <= value <= 1), "a probability in [0, 1]"
 _COUNT = (lambda value: value >= 1), "at least 1"
 _NATURAL = (lambda value: value >= 0), "0 or more"
@@ -238,113 +201,16 @@ RANGES = [
 ]
 
 
-def read(path: Path, changes: list[str] | None = None) -> Config:
-    """Read a YAML file, with `name=value` changes from the command line.
+def check(config: Config, given: dict[str, Any]) -> None:
+    """Contradictions and options without effect.
+
+    Args:
+        config: to check.
+        given: the options that its file names; the others have their defaults.
 
     Raises:
-        SystemExit: anything that is wrong with it, in one message.
+        ValueError: what is wrong, and how to mend it.
     """
-    if not path.is_file():
-        raise SystemExit(f"there is no configuration at {path}")
-    try:
-        content = yaml.load(path.read_text(encoding="utf-8"), _Loader) or {}  # a SafeLoader
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise SystemExit(f"{path} is no YAML: {error}") from error
-    if not isinstance(content, dict):
-        raise SystemExit(f"{path} must hold options by name, got {type(content).__name__}")
-    try:
-        return build(content, changes or [])
-    except (ValueError, TypeError) as error:
-        raise SystemExit(f"{path}: {error}") from error
-
-
-def build(content: dict[str, Any], changes: list[str]) -> Config:
-    """A configuration from what a file holds.
-
-    Raises:
-        ValueError, TypeError: unknown, contradictory or idle options, or values that do not fit.
-    """
-    options = _flat(content)
-    for change in changes:
-        name, equals, value = change.partition("=")
-        if not equals:
-            raise ValueError(f"--set takes name=value, got {change!r}")
-        section, _, inner = name.rpartition(".")
-        place = options.setdefault("finetune", {}) if section == "finetune" else options
-        try:
-            place[_known(inner, Finetune if section == "finetune" else Config)] = yaml.safe_load(value)
-        except yaml.YAMLError as error:
-            raise ValueError(f"--set {change}: {value!r} is no YAML value") from error
-    finetune = options.pop("finetune", {})
-    values = {name: _fit(name, value, Config) for name, value in options.items()}
-    tuned = {name: _fit(f"finetune.{name}", value, Finetune) for name, value in finetune.items()}
-    config = Config(**values, finetune=Finetune(**tuned))
-    _check(config, values)
-    return config
-
-
-def _flat(content: dict[str, Any]) -> dict[str, Any]:
-    """Options by their own names, sections opened."""
-    found: dict[str, Any] = {}
-    for key, value in content.items():
-        if key == "finetune":
-            if not isinstance(value, dict | None):
-                raise TypeError(f"finetune is a section of options, got {value!r}")
-            entries = {"finetune": {_known(str(name), Finetune): inner for name, inner in (value or {}).items()}}
-        elif isinstance(value, dict):
-            entries = _flat(value)
-        else:
-            entries = {_known(str(key), Config): value}
-        for name, entry in entries.items():
-            if name in found and found[name] != entry:
-                raise ValueError(f"{name} is given twice, as {found[name]!r} and as {entry!r}")
-            found[name] = entry
-    return found
-
-
-def _known(name: str, kind: Any) -> str:
-    plain = name.replace("-", "_")
-    plain = ALIASES.get(plain, plain)
-    names = [field.name for field in dataclasses.fields(kind) if field.name != "finetune"]
-    if plain not in names:
-        near = difflib.get_close_matches(plain, [*names, *ALIASES], n=3)
-        where = "the section finetune" if kind is Finetune else "train.py"
-        raise ValueError(f"unknown option {name!r} of {where}: " + (f"did you mean {' or '.join(near)}?" if near else
-                         f"it has {', '.join(names)}"))  # fmt: skip
-    return plain
-
-
-def _fit(name: str, value: Any, kind: Any) -> Any:
-    """A value as its option's type."""
-    wanted = typing.get_type_hints(kind)[name.rpartition(".")[2]]
-    choices = typing.get_args(wanted) if isinstance(wanted, types.UnionType) else (wanted,)
-    for choice in choices:
-        with contextlib.suppress(ValueError, TypeError, OverflowError):
-            return _converted(value, choice)
-    names = [" or ".join(map(repr, typing.get_args(c))) if typing.get_origin(c) is Literal else c.__name__ for c in choices]
-    raise TypeError(f"{name} must be {' or '.join(names)}, got {value!r}")
-
-
-def _converted(value: Any, choice: Any) -> Any:
-    """A value as one type; ValueError or TypeError if it is none. YAML reads 1e-4 as text."""
-    if typing.get_origin(choice) is Literal:
-        if value is False and "no" in typing.get_args(choice):
-            return "no"  # which YAML reads as False
-        if value not in typing.get_args(choice):
-            raise ValueError
-        return value
-    if choice in (bool, str, type(None)) or isinstance(value, bool):
-        if type(value) is not choice:
-            raise TypeError
-        return value
-    number = float(value)
-    if choice is int and number != int(number):
-        raise ValueError
-    return choice(number)
-
-
-def _check(config: Config, given: dict[str, Any]) -> None:
-    """Contradictions and options without effect."""
     if config.model.removeprefix("SiT-") not in PRESETS:
         raise ValueError(f"unknown model {config.model!r}: choose one of {', '.join(PRESETS)}")
     for switch, off, idle in SWITCHES:

@@ -19,9 +19,10 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from accelerate.utils import InitProcessGroupKwargs
-from config import Config, read
+from config import Config
 from errors import plain_errors
 from log import Log
+from reading import read
 from run import Run, build, precision
 from torch.utils.data import DataLoader
 from tqdm.auto import tqdm

@@ -1,4 +1,4 @@
-"""config.py: the reference's names load, whatever is wrong is one clear error, and every option acts."""
+"""config.py, reading.py: the reference's names load, whatever is wrong is one clear error, and every option acts."""
 
 import dataclasses
 import re
@@ -8,29 +8,29 @@ import pytest
 import small
 
 sys.path.insert(0, str(small.SCRIPTS))
-config = pytest.importorskip("config")
+config, reading = pytest.importorskip("config"), pytest.importorskip("reading")
 
 FILES = sorted((small.SCRIPTS / "configs").glob("*.yaml"))
 
 
 def build(options=None, *changes):
-    return config.build(options or {}, list(changes))
+    return reading.build(options or {}, list(changes))
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
 def test_shipped_files_load_and_describe_the_papers_models(path):
-    found = config.read(path)
+    found = reading.read(path)
     sit = found.sit(channels=4, repa_dim=768 if found.representation_align else None)
     assert (sit.dim, sit.heads, sit.encoder_depth, sit.middle_depth, sit.decoder_depth) == (1152, 16, 2, 24, 2)
     first = found.schedule().pretrain
     assert (first.batch, first.lr) == (256, 1e-4)
     assert first.drop.ratio == 0.75
-    both = config.read(path, ["stages=both"]).schedule()
+    both = reading.read(path, ["stages=both"]).schedule()
     assert both.finetune.batch == 1024
     assert both.finetune.lr == (2e-4 if "256" in path.stem else 1.5e-4)
     assert both.finetune.warmup == 5000
     assert both.finetune.steps == 200_000
-    alone = config.read(path, ["stages=finetune", "init_from=x"]).schedule()  # the same file serves
+    alone = reading.read(path, ["stages=finetune", "init_from=x"]).schedule()  # the same file serves
     assert alone.pretrain == both.finetune
 
 
@@ -104,12 +104,12 @@ def test_changes_from_the_command_line(tmp_path):
         build({}, "exp_name=@x")
     (tmp_path / "twice.yaml").write_text("seed: 1\nseed: 2\n")
     with pytest.raises(SystemExit, match="seed given twice in one section"):
-        config.read(tmp_path / "twice.yaml")
+        reading.read(tmp_path / "twice.yaml")
     with pytest.raises(SystemExit, match="there is no configuration at"):
-        config.read(tmp_path / "none.yaml")
+        reading.read(tmp_path / "none.yaml")
     (tmp_path / "bad.yaml").write_text("a: [")
     with pytest.raises(SystemExit, match="is no YAML"):
-        config.read(tmp_path / "bad.yaml")
+        reading.read(tmp_path / "bad.yaml")
     (tmp_path / "list.yaml").write_text("- 1")
     with pytest.raises(SystemExit, match="must hold options by name, got list"):
-        config.read(tmp_path / "list.yaml")
+        reading.read(tmp_path / "list.yaml")
