@@ -1,5 +1,6 @@
 """The examples run; the quickstart resumes to the same bits, and refuses a folder of another run."""
 
+import os
 import runpy
 import subprocess
 import sys
@@ -11,11 +12,16 @@ import torch
 import sprint
 
 SCRIPT = Path(__file__).parents[1] / "examples" / "quickstart.py"
+ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1"}  # two threads wait for each other where other work takes the cores
 
 
 def test_quickstart_draws_a_picture(tmp_path):
     run = subprocess.run(
-        [sys.executable, SCRIPT, "--steps", "3", "--out", tmp_path], capture_output=True, text=True, check=False
+        [sys.executable, SCRIPT, "--steps", "3", "--out", tmp_path],
+        capture_output=True,
+        text=True,
+        check=False,
+        env=ENVIRONMENT,
     )
     assert run.returncode == 0, run.stderr
     assert (tmp_path / "samples.png").stat().st_size > 10_000
@@ -50,7 +56,9 @@ def test_quickstart_resumes_where_it_was(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("name", ["wrap_plain_dit", "wrap_diffusers_dit"])
 def test_wrapping_examples_run(name):
-    run = subprocess.run([sys.executable, SCRIPT.with_name(f"{name}.py")], capture_output=True, text=True, check=False)
+    run = subprocess.run(
+        [sys.executable, SCRIPT.with_name(f"{name}.py")], capture_output=True, text=True, check=False, env=ENVIRONMENT
+    )
     assert run.returncode == 0, run.stderr
     assert "step 9" in run.stdout
     assert "shallow path skips the middle" in run.stdout
@@ -58,6 +66,8 @@ def test_wrapping_examples_run(name):
 
 @pytest.mark.parametrize(("name", "says"), [("lora_sd3", "tensors of the adapters"), ("pdg_pipeline", "PDG: ")])
 def test_diffusers_examples_run(name, says):
-    run = subprocess.run([sys.executable, SCRIPT.with_name(f"{name}.py")], capture_output=True, text=True, check=False)
+    run = subprocess.run(
+        [sys.executable, SCRIPT.with_name(f"{name}.py")], capture_output=True, text=True, check=False, env=ENVIRONMENT
+    )
     assert run.returncode == 0, run.stderr
     assert says in run.stdout

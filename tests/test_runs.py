@@ -1,5 +1,10 @@
 """Checkpoints of a run: the newest whole one is always there."""
 
+import os
+import signal
+import subprocess
+import sys
+
 import pytest
 import torch
 
@@ -62,3 +67,31 @@ def test_keep_only_the_last(tmp_path):
         assert run.steps == [step]
     with pytest.raises(ValueError, match="keep must be at least 1"):
         RunFolder(tmp_path, keep=0)
+
+
+CLAIM = """
+import os, signal, sys, sprint
+run = sprint.RunFolder(sys.argv[1])
+run.lock()
+if (worker := os.fork()) == 0:
+    signal.pause()
+print(worker, flush=True)
+signal.pause()
+"""
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="nothing is forked here")
+def test_the_lock_of_a_killed_process_is_not_held_by_its_workers(tmp_path):
+    process = subprocess.Popen([sys.executable, "-c", CLAIM, str(tmp_path)], stdout=subprocess.PIPE, text=True)
+    worker = int(process.stdout.readline())
+    try:
+        with pytest.raises(ValueError, match="another process is training in"):
+            RunFolder(tmp_path).lock()
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+        os.kill(worker, 0)  # it lives
+        RunFolder(tmp_path).lock()
+    finally:
+        process.kill()
+        process.stdout.close()
+        os.kill(worker, signal.SIGKILL)

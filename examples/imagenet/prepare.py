@@ -27,6 +27,7 @@ from tqdm.auto import tqdm
 from sprint.checkpoint import write_text
 from sprint.images import ImageFolder, find_images, to_unit
 from sprint.latents import write_index, write_repa, write_repa_labels, write_shard
+from sprint.parallel import leave
 from sprint.teacher import Teacher
 
 STORED = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
@@ -177,6 +178,7 @@ def main() -> None:
     state.wait_for_everyone()
     if state.is_main_process:
         finish(args, parts, classes)
+    leave()
 
 
 if __name__ == "__main__":

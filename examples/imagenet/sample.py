@@ -29,6 +29,7 @@ import sprint
 from sprint.checkpoint import write_bytes, write_text
 from sprint.images import to_uint8
 from sprint.latents import SCALE
+from sprint.parallel import leave
 from sprint.random import normal
 
 GUIDANCE = ["none", "cfg", "pdg", "pdg-same"]
@@ -197,6 +198,7 @@ def main() -> None:
     path = generate(args, model, vae, state)
     if state.is_main_process:
         print(f"{args.count} images in {args.out} and {path}")
+    leave()
 
 
 if __name__ == "__main__":

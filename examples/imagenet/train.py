@@ -30,6 +30,7 @@ from tqdm.auto import tqdm
 import sprint
 from sprint.images import save_grid, to_uint8
 from sprint.order import Batches, DataOrder, seed_of
+from sprint.parallel import leave
 from sprint.random import normal
 from sprint.teacher import Teacher
 
@@ -211,6 +212,7 @@ def main() -> None:
                 plain = {k: v for k, v in dataclasses.asdict(config).items() if isinstance(v, int | float | str)}
                 accelerator.init_trackers("sprint", plain)
             train(config, accelerator)
+            leave()
     finally:
         accelerator.end_training()
 

@@ -1,9 +1,11 @@
 """A model over several processes, and its whole state on one of them.
 
 `distribute` is DistributedDataParallel (each process holds the model) or FSDP2 (each holds a share of it, gathered block by
-block). `full_state` and `load_full_state` move whole states out and in, the same file for any number of processes.
+block). `full_state` and `load_full_state` move whole states out and in, the same file for any number of processes. `leave`
+ends a script that ran on several.
 """
 
+import time
 from typing import Any, Literal
 
 import torch
@@ -75,3 +77,19 @@ def load_full_state(state: dict[str, Any], model: nn.Module, optimizer: torch.op
     set_model_state_dict(model, state.get("model", {}), options=options)
     if optimizer is not None:
         set_optimizer_state_dict(model, optimizer, state.get("optimizer", {}), options=options)
+
+
+def leave() -> None:
+    """Leave the default process group at the end of a script, in place of `torch.distributed.destroy_process_group()`.
+
+    All processes must call it when their work is done. Without a process group it does nothing.
+
+    FSDP2 keeps the group, whose threads then live until the interpreter ends. If one of them is still dropping the last
+    collective, for which it needs the interpreter, gloo aborts there ("terminate called without an active exception"), after
+    all work is done. So nobody goes before all collectives are through, and the threads get the interpreter first.
+    """
+    if not dist.is_initialized():
+        return
+    dist.barrier()
+    time.sleep(0.1)  # lends the interpreter to the threads that wait for it
+    dist.destroy_process_group()

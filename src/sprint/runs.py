@@ -37,6 +37,8 @@ class RunFolder:
     def lock(self) -> None:
         """Claim the folder for this process until it ends, however it ends.
 
+        A POSIX lock: unlike `flock`, it is not inherited by forked workers, which outlive a killed process by some seconds.
+
         Raises:
             ValueError: another process has it.
         """
@@ -46,8 +48,8 @@ class RunFolder:
             return
         self._lock = (self.folder.parent / ".lock").open("w")
         try:
-            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
+            fcntl.lockf(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except (BlockingIOError, PermissionError) as error:  # POSIX allows either
             raise ValueError(
                 f"another process is training in {self.folder.parent}: wait for it, stop it, or use another folder"
             ) from error

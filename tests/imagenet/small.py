@@ -39,10 +39,13 @@ def vae(folder: Path) -> Path:
     return folder
 
 
-def script(name: str, *arguments: object, processes: int = 1, port: int = 29561) -> subprocess.CompletedProcess[str]:
+def launch(processes: int) -> list[str]:
+    """Start of a command line for one process or several, which meet on a port that is free."""
+    several = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
+    return [sys.executable, *(several if processes > 1 else [])]
+
+
+def script(name: str, *arguments: object, processes: int = 1) -> subprocess.CompletedProcess[str]:
     """Run one of the scripts, on the CPU, in one process or several."""
-    launch = [sys.executable]
-    if processes > 1:
-        launch += ["-m", "torch.distributed.run", f"--nproc-per-node={processes}", f"--master-port={port}"]
-    command = [*launch, str(SCRIPTS / f"{name}.py"), *map(str, arguments)]
+    command = [*launch(processes), str(SCRIPTS / f"{name}.py"), *map(str, arguments)]
     return subprocess.run(command, capture_output=True, text=True, check=False, env=ENVIRONMENT)

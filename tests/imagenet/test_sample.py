@@ -40,7 +40,7 @@ def close(one, other) -> bool:
 @pytest.mark.parametrize("solver", ["euler", "sde"])
 def test_images_do_not_depend_on_the_batch_or_the_processes(folder, solver, tmp_path):
     for name, batch, processes in (("one", 7, 1), ("two", 3, 2)):
-        run = sample(folder, tmp_path / name, "--batch", batch, "--solver", solver, processes=processes, port=29571)
+        run = sample(folder, tmp_path / name, "--batch", batch, "--solver", solver, processes=processes)
         assert run.returncode == 0, run.stderr
         assert "7 images in" in run.stdout
     one, two = images(tmp_path / "one"), images(tmp_path / "two")
