@@ -3,10 +3,12 @@
 import argparse
 import csv
 import gc
+import importlib.metadata
 import importlib.util
 import os
 import platform
 import shlex
+import shutil
 import statistics
 import subprocess
 import sys
@@ -39,8 +41,9 @@ def environment(device: str) -> Row:
     return {
         "device": name if device.startswith("cuda") else f"{name}, {torch.get_num_threads()} threads",
         "torch": torch.__version__,
+        "triton": _version("triton"),
         "commit": _commit(),
-        "command": shlex.join(["python", "-m", module_name, *sys.argv[1:]]),
+        "command": shlex.join(["python", "-m", module_name.removesuffix(".__main__"), *sys.argv[1:]]),
     }
 
 
@@ -59,6 +62,29 @@ def seconds(jobs: Mapping[str, Callable[[], Any]], *, repeats: int, device: str,
             synchronize(device)
             times[name].append(time.perf_counter() - start)
     return {name: statistics.median(values) for name, values in times.items()}
+
+
+def windows(jobs: Mapping[str, Callable[[], Any]], *, rounds: int, calls: int, device: str) -> dict[str, list[float]]:
+    """Seconds per call of each job in windows of several calls, as a loop makes them: one synchronisation for a window.
+
+    Jobs take turns, forwards in one round and backwards in the next; a window starts with one call that is not timed.
+    """
+    times: dict[str, list[float]] = {name: [] for name in jobs}
+    for turn in range(rounds):
+        for name in list(jobs)[:: -1 if turn % 2 else 1]:
+            jobs[name]()
+            synchronize(device)
+            start = time.perf_counter()
+            for _ in range(calls):
+                jobs[name]()
+            synchronize(device)
+            times[name].append((time.perf_counter() - start) / calls)
+    return times
+
+
+def spread(times: list[float]) -> Row:
+    """Median, least and largest, in milliseconds."""
+    return {"ms": 1000 * statistics.median(times), "least ms": 1000 * min(times), "most ms": 1000 * max(times)}
 
 
 def grid(text: str) -> tuple[int, int]:
@@ -99,15 +125,21 @@ def publish(name: str, rows: list[Row], *, out: Path, env: Row) -> Path:
     widths = [max(len(column), *(len(row[i]) for row in cells)) for i, column in enumerate(columns)]
     for line in (columns, *cells):
         print("  ".join(text.ljust(width) for text, width in zip(line, widths, strict=True)).rstrip())
-    out.mkdir(parents=True, exist_ok=True)
-    path, partial = out / f"{name}.csv", out / f"{name}.csv.partial"
-    with partial.open("w", newline="") as file:
-        writer = csv.DictWriter(file, [*columns, *env])
-        writer.writeheader()
-        writer.writerows({**row, **env} for row in rows)
-    os.replace(partial, path)
+    path = out / f"{name}.csv"
+    write(path, [{**row, **env} for row in rows])
     print(f"\n{env['device']}, torch {env['torch']}, commit {env['commit']}: {path}")
     return path
+
+
+def write(path: Path, rows: list[Row]) -> None:
+    """Write a CSV file at once or not at all."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f"{path.name}.partial")
+    with partial.open("w", newline="") as file:
+        writer = csv.DictWriter(file, list(dict.fromkeys(column for row in rows for column in row)))
+        writer.writeheader()
+        writer.writerows(rows)
+    os.replace(partial, path)
 
 
 def _cell(value: Any) -> str:
@@ -118,10 +150,23 @@ def _cell(value: Any) -> str:
     return str(value)
 
 
+def _version(package: str) -> str:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return "missing"
+
+
 def _commit() -> str:
+    """Where the source came without its history, SPRINT_COMMIT names it."""
+
     def git(*command: str) -> str:
         run = subprocess.run(["git", *command], capture_output=True, text=True, check=False, cwd=Path(__file__).parent)
         return run.stdout.strip()
 
+    if shutil.which("git") is None:
+        return os.environ.get("SPRINT_COMMIT", "unknown")
     commit = git("rev-parse", "--short", "HEAD")
-    return f"{commit}{'+changes' if git('status', '--porcelain', '-uno') else ''}" if commit else "unknown"
+    if not commit:
+        return os.environ.get("SPRINT_COMMIT", "unknown")
+    return f"{commit}{'+changes' if git('status', '--porcelain', '-uno') else ''}"

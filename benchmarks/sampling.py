@@ -19,6 +19,15 @@ GUIDANCE: dict[str, Any] = {
 }
 
 
+def guided_flops(cost: sprint.Cost) -> dict[str, float]:
+    """Of one guided step, by the names of GUIDANCE."""
+    return {
+        "CFG": 2 * cost.full.forward,
+        "PDG": cost.full.forward + cost.shallow.forward,
+        "PDG, same condition": cost.shared or float("nan"),
+    }
+
+
 def main() -> None:
     parser = report.arguments(__doc__ or "")
     parser.add_argument("--preset", default="XL/2")
@@ -33,11 +42,7 @@ def main() -> None:
     x = torch.randn(args.batch, 4, 2 * args.grid[0], 2 * args.grid[1], device=args.device, dtype=dtype)
     y = torch.randint(0, 1000, (args.batch,), device=args.device)
     cost = sprint.cost(args.preset, grid=args.grid, batch=args.batch)
-    flops = {
-        "CFG": 2 * cost.full.forward,
-        "PDG": cost.full.forward + cost.shallow.forward,
-        "PDG, same condition": cost.shared,
-    }
+    flops = guided_flops(cost)
     rows = []
     for name in ("eager", "CapturedModel"):  # in this order: the second compiles the model's blocks in place
         callee = model if name == "eager" else sprint.CapturedModel(model)

@@ -47,21 +47,25 @@ def eager(model: Any, loss: sprint.FlowMatchingLoss, optimizer: Any, dtype: torc
     return step
 
 
-def measure(name: str, preset: str, grid: tuple[int, int], batch: int, args: Any) -> list[report.Row]:
-    """Rows of one implementation on one job: first call, memory, then both paths in turns."""
-    on_gpu = args.device.startswith("cuda")
-    dtype = torch.bfloat16 if on_gpu else None
-    torch.manual_seed(args.seed)
-    model = sprint.SiT.preset(preset).to(args.device).train().set_kernels(NAMES[name])
+def build(name: str, model: sprint.SiT, *, dtype: torch.dtype | None) -> Callable:
+    """The step of an implementation, by its name in NAMES; it is called as `step(x, y=y, drop=drop)`."""
+    model.set_kernels(NAMES[name])
     if "sprint.AdamW" in name:
         optimizer: torch.optim.Optimizer = sprint.AdamW(model.parameters(), lr=1e-4)
     else:
         optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
     loss = sprint.FlowMatchingLoss()
     if name.startswith("TrainStep"):
-        step: Callable = sprint.TrainStep(model, loss, optimizer, clip=CLIP, autocast=dtype)
-    else:
-        step = eager(model, loss, optimizer, dtype, args.device)
+        return sprint.TrainStep(model, loss, optimizer, clip=CLIP, autocast=dtype)
+    return eager(model, loss, optimizer, dtype, next(model.parameters()).device.type)
+
+
+def measure(name: str, preset: str, grid: tuple[int, int], batch: int, args: Any) -> list[report.Row]:
+    """Rows of one implementation on one job: first call, memory, then both paths in turns."""
+    on_gpu = args.device.startswith("cuda")
+    dtype = torch.bfloat16 if on_gpu else None
+    torch.manual_seed(args.seed)
+    step = build(name, sprint.SiT.preset(preset).to(args.device).train(), dtype=dtype)
     x = torch.randn(batch, 4, 2 * grid[0], 2 * grid[1], device=args.device)
     y = torch.randint(0, 1000, (batch,), device=args.device)
     jobs = {path: (lambda drop=drop: step(x, y=y, drop=drop)) for path, drop in PATHS.items()}

@@ -8,8 +8,9 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 import sprint
-from sprint import StructuredDrop
-from sprint.costs import Hardware
+from sprint import StructuredDrop, costs, hardware, path_costs
+from sprint.counting import count
+from sprint.hardware import KNOWN, Hardware
 
 
 def formula(dim: int, *, full_blocks: int, kept_blocks: int, tokens: int, kept: int, batch: int, patch: int) -> int:
@@ -83,6 +84,85 @@ def test_agrees_with_a_flop_counter_on_a_wrapped_model(reads_values):
     assert model(x, t).isfinite().all()  # no tensor without data was left behind
 
 
+def on_real_tensors(model, forward, name):
+    with sprint.path(model, name, drop=StructuredDrop(0.75) if name == "sparse" else None):
+        return count(model, forward)
+
+
+def wrapped_dit():
+    model = sprint.wrap(hosts.DiT().train(), drop=StructuredDrop(0.75), path_drop=0.0)
+    x, t = torch.randn(2, 3, 8, 8), torch.tensor([0.3, 0.7])
+    return model, (x, t), {}
+
+
+def wrapped_diffusers():
+    diffusers = pytest.importorskip("diffusers")
+    host = diffusers.DiTTransformer2DModel(
+        num_attention_heads=2, attention_head_dim=16, in_channels=4, num_layers=6, sample_size=8, num_embeds_ada_norm=10
+    )
+    arguments = {"timestep": torch.tensor([3, 5]), "class_labels": torch.tensor([1, 2]), "return_dict": False}
+    return sprint.wrap(host.train(), drop=StructuredDrop(0.75)), (torch.randn(2, 4, 8, 8),), arguments
+
+
+@pytest.mark.parametrize("build", [wrapped_dit, wrapped_diffusers])
+def test_a_wrapped_model_without_data_asks_for_what_it_asks_for_with_data(build):
+    model, args, kwargs = build()
+    cost = sprint.cost(model, *args, **kwargs)
+
+    def forward():
+        output = model(*args, **kwargs)
+        return output if isinstance(output, torch.Tensor) else output[0]
+
+    for name in ("full", "sparse", "shallow"):
+        real, without_data = on_real_tensors(model, forward, name), getattr(cost, name)
+        assert without_data.operations == pytest.approx(real.operations, rel=0.02)
+        assert without_data.activations == pytest.approx(real.activations, rel=0.02)  # weights are none
+        assert (without_data.forward, without_data.backward) == (real.forward, real.backward)
+
+
+def test_a_sit_without_data_asks_for_what_it_asks_for_with_data():
+    model = tiny()
+    x, t, y = torch.randn(3, 4, 8, 8), torch.rand(3), torch.tensor([1, 2, 3])
+    real = count(model, lambda: model(x, t, y))
+    cost = sprint.cost(model, grid=(4, 4), batch=3, dtype=torch.float32)
+    assert cost.full.operations == pytest.approx(real.operations, rel=0.02)
+
+
+def test_only_what_a_device_has_to_do_is_an_operation():
+    weight, x = torch.nn.Parameter(torch.randn(4, 4)), torch.randn(4, 4)
+
+    def forward():
+        y = (x @ weight).view(2, 8).t()[:3].detach()  # one product; views are free, and so is an allocation
+        torch.empty_like(y)
+        return y.exp() + 1
+
+    counted = count(torch.nn.ParameterList([weight]), forward)
+    assert (counted.operations, counted.forward, counted.backward) == (3, 2 * 4**3, 0)
+    assert counted.traffic == 4 * (2 * 6 + 2 * 6)  # exp and the sum read and write six numbers each
+    layer = torch.nn.Linear(4, 4)
+    with torch.inference_mode():  # where the layer comes whole
+        assert count(layer, lambda: layer(x)).forward == 2 * 4**3
+
+
+@pytest.mark.parametrize("options", [{}, {"learnable_mask": True}, {"num_classes": None, "cond_dim": 8, "encoder_depth": 3}])
+@pytest.mark.parametrize("checkpointed", [False, True])
+def test_one_block_counted_is_all_blocks_counted(options, checkpointed, monkeypatch):
+    model = tiny(**{"encoder_depth": 2, "middle_depth": 5, "decoder_depth": 3, **options}).set_checkpointing(checkpointed)
+    multiplied = sprint.cost(model, grid=(4, 4), batch=2, hardware="H100")
+    monkeypatch.setattr(path_costs, "_uniform", lambda model: False)
+    assert sprint.cost(model, grid=(4, 4), batch=2, hardware="H100") == multiplied
+
+
+def test_blocks_that_differ_are_all_counted():
+    plain, one = tiny(middle_depth=5), tiny(middle_depth=5)
+    one.middle.blocks[3].recompute = True
+    frozen = tiny(middle_depth=5)
+    frozen.middle.blocks[3].requires_grad_(False)
+    whole, again, less = (sprint.cost(model, grid=(4, 4), batch=2).full for model in (plain, one, frozen))
+    assert again.backward == pytest.approx(whole.backward + whole.forward / 7, rel=0.05)
+    assert less.backward == pytest.approx(whole.backward * 13 / 14, rel=0.05)
+
+
 def test_activations_are_the_bytes_that_autograd_keeps():
     model, stored = tiny().double(), {}
     x, t, y = torch.randn(2, 4, 8, 8, dtype=torch.float64), torch.rand(2), torch.tensor([1, 2])
@@ -105,7 +185,8 @@ def test_it_says_where_dropping_will_not_pay():
     launch_bound = sprint.cost("XL/2", grid=(16, 16), batch=1)
     assert any("in eager PyTorch on H100 dropping tokens will not pay" in note for note in launch_bound.notes)
     assert "note: " in str(launch_bound)
-    assert sprint.cost("XL/2", grid=(16, 16), batch=128).notes == []
+    large = Hardware("large", flops=380e12, update=24e-12, launch=8e-6, memory=200 * 2**30)
+    assert sprint.cost("XL/2", grid=(16, 16), batch=128, hardware=large).notes == []
     little = sprint.cost(sprint.SiT.preset("S/2", middle_depth=1), grid=(16, 16), drop=StructuredDrop(0.5))
     assert any("more middle blocks" in note for note in little.notes)
 
@@ -136,7 +217,70 @@ def test_hardware_of_your_own():
     slow = Hardware("mine", flops=1e12, update=0.0, launch=0.0)
     cost = sprint.cost("S/2", grid=(8, 8), hardware=slow)
     assert cost.estimate()["full, eager"] == cost.full.training / 1e12
-    assert "on mine" in str(cost)
+    assert "batch 1; mine, rates given" in str(cost)
+
+
+def test_hardware_by_name():
+    named = sprint.cost("S/2", grid=(8, 8), hardware="a100")
+    assert named.hardware is KNOWN["A100"]
+    assert "A100, rates scaled from the H100 by data sheets, not measured" in str(named)
+    assert named.estimate("H200") == sprint.cost("S/2", grid=(8, 8), hardware="H200").estimate()
+    with pytest.raises(
+        ValueError, match="unknown hardware 'B200': choose one of 'H100', 'H200', 'A100', 'RTX 4090', 'this ma"
+    ):
+        sprint.cost("S/2", grid=(8, 8), hardware="B200")
+    with pytest.raises(TypeError, match="hardware must be a name such as"):
+        sprint.cost("S/2", grid=(8, 8), hardware=80)
+
+
+def test_a_real_model_gets_the_estimate_of_its_machine_and_a_preset_that_of_a_gpu(monkeypatch):
+    cpu, asked = Hardware("slow CPU", flops=1e10, update=1e-9, launch=1e-5, captures=False), []
+    monkeypatch.setattr(hardware, "_measured", lambda *of: asked.append(of) or cpu)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    here = sprint.cost(tiny(), grid=(4, 4))
+    assert asked == []  # measured when seconds are asked for, not before
+    assert here.hardware is cpu
+    assert list(here.estimate()) == ["full, eager", "sparse, eager"]
+    work = here.full
+    assert here.estimate()["full, eager"] == work.training / 1e10 + work.operations * 1e-5 + here.trained * 1e-9
+    assert "captured" not in str(here).replace("slow CPU", "")
+    assert sprint.cost(tiny(), grid=(4, 4), dtype=torch.bfloat16).full.activations < here.full.activations  # float32
+    assert sprint.cost("S/2", grid=(8, 8), hardware="this machine").hardware is cpu
+    assert sprint.cost("S/2", grid=(8, 8)).hardware.name == "H100"
+    with torch.device("meta"):
+        assert sprint.cost(tiny(), grid=(4, 4)).hardware.name == "H100"
+
+
+def test_memory_beside_what_the_device_has():
+    cost = sprint.cost("XL/2", grid=(32, 32), batch=32, hardware="RTX 4090")
+    assert (cost.weights, cost.trained) == (4 * cost.parameters, cost.parameters - 1152)  # the mask token is frozen
+    assert cost.states == 12 * cost.trained
+    assert cost.memory("full") == cost.weights + cost.states + cost.full.activations
+    assert "weights 2.5 GiB, gradients and AdamW 7.6 GiB, and activations, of 24 GiB" in str(cost)
+    assert any("full and sparse steps do not fit into the 24 GiB of RTX 4090" in note for note in cost.notes)
+    assert not any("do not fit" in note for note in sprint.cost("S/2", grid=(8, 8)).notes)
+
+
+def test_several_processes_are_said_plainly():
+    alone, eight = (sprint.cost("XL/2", grid=(16, 16), batch=4, processes=n) for n in (1, 8))
+    assert "step, captured" in str(alone)
+    assert "step, captured" not in str(eight)
+    assert any("8 processes: batch, seconds and memory are those of one" in note for note in eight.notes)
+    assert any("sprint.TrainStep" in note for note in alone.notes)
+    assert not any("sprint.TrainStep" in note for note in eight.notes)
+
+
+def test_two_digits_and_never_zero():
+    assert [costs._time(s) for s in (0.0000123, 0.0099949, 0.0774, 0.99999, 123.4)] == [
+        "12 µs",
+        "10 ms",
+        "77 ms",
+        "1 s",
+        "120 s",
+    ]
+    assert [costs._bytes(n) for n in (5, 2**30 - 1, 18.2 * 2**30)] == ["5 B", "1 GiB", "18 GiB"]
+    fast = Hardware("fast", flops=1e18, update=0.0, launch=0.0)
+    assert " 0 " not in str(sprint.cost(tiny(), grid=(4, 4), hardware=fast))
 
 
 def test_bad_input():

@@ -73,7 +73,10 @@ ALLOWED = {
     "averages": {"graph_state", "guidance"},
     "gradients": set(),
     "step": {"averages", "capture", "compiling", "gradients", "graph_state", "guidance", "optim", "shadows"},
-    "costs": {"drop", "guidance", "hosts.check", "hosts.wrapping", "layers", "sit"},
+    "counting": set(),
+    "hardware": {"config", "counting", "sit"},
+    "path_costs": {"config", "counting", "drop", "hosts.check", "hosts.wrapping", "layers", "sit"},
+    "costs": {"counting", "drop", "guidance", "hardware", "path_costs", "sit"},
     "hosts.check": {"fusion", "hosts.paths", "hosts.state", "random", "tokens"},
 }
 CORE = {"torch", "einops", "safetensors", "numpy"}

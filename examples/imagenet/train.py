@@ -132,7 +132,7 @@ def introduce(run: Run, begin: int, plan: Batches, grid: tuple[int, int]) -> Non
     """Say what is trained and, before the sparse stage, what it will save."""
     size = sum(parameter.numel() for parameter in run.model.parameters()) / 1e6
     print(f"{size:.1f} M parameters, {plan.order.count} images, {plan.share[1]} processes, from step {begin} on")
-    if (drop := run.config.schedule().pretrain.drop) is not None and begin < plan.end:
+    if (drop := run.config.schedule().pretrain.drop) is not None and begin == 0:
         print(sprint.cost(sprint.SiT(run.sit), grid=grid, drop=drop, batch=plan.each(begin)))
 
 

@@ -7,11 +7,13 @@ images = sprint.sample(model, noise, y=labels, guidance=sprint.PathDropGuidance(
 
 from sprint.checkpoint import load_state, save_state
 from sprint.config import SiTConfig
-from sprint.costs import Cost, Hardware, cost
+from sprint.costs import Cost, cost
+from sprint.counting import PathCost
 from sprint.drop import Drop, RandomDrop, StructuredDrop
 from sprint.flow import FlowMatchingLoss, LogNormalTime, LossOutput, ShiftedTime, UniformTime, repa_loss
 from sprint.fusion import MaskRestore, SparseDenseResidual, TokenRouting
 from sprint.guidance import ClassifierFreeGuidance, PathDropGuidance, SparseGuidance
+from sprint.hardware import Hardware
 from sprint.hosts import Blocks, Host, Report, Table, check, path, register, registered, unwrap, wrap
 from sprint.inference import CapturedModel
 from sprint.interpolants import CosineInterpolant, DDPMInterpolant, Interpolant, LinearInterpolant
@@ -48,6 +50,7 @@ __all__ = [
     "LogNormalTime",
     "LossOutput",
     "MaskRestore",
+    "PathCost",
     "PathDropGuidance",
     "RandomDrop",
     "Report",

@@ -1,79 +1,27 @@
 """`cost`: what a model costs on each path, before a GPU is rented.
 
-The model runs on tensors without data (torch's meta or fake tensors), forward and backward, while floating-point operations
-are counted, and the bytes that autograd keeps. Nothing is computed, and a preset needs no memory.
+The model runs on tensors without data (torch's meta or fake tensors), forward and backward, while its operations are
+counted, and the bytes that autograd keeps. Nothing is computed, and a preset needs no memory.
 
-FLOPs are not seconds. `Cost.estimate` sets them against a device's measured rates and its time to launch a kernel, and
-`Cost.notes` says plainly where dropping tokens will not pay.
+FLOPs are not seconds. `Cost.estimate` sets them against the rates of a `Hardware`, and `Cost.notes` says plainly where
+dropping tokens will not pay.
 """
 
-import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import (
-    DataDependentOutputException,
-    DynamicOutputShapeException,
-    FakeTensorMode,
-    UnsupportedFakeTensorException,
-)
-from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils.flop_counter import FlopCounterMode
 
+from sprint.counting import PathCost
 from sprint.drop import Drop, StructuredDrop
 from sprint.guidance import unwrapped
-from sprint.hosts.check import first_tensor
-from sprint.hosts.wrapping import SprintState, path, state_of
-from sprint.layers import Block
+from sprint.hardware import H100, HERE, Hardware, find, present
+from sprint.path_costs import of_sit, of_wrapped
 from sprint.sit import SiT
 
 PAYS = 1.2  # an estimated gain below this is not worth a method
-
-
-@dataclass(frozen=True)
-class Hardware:
-    """Rates of a device, as measured on whole training steps rather than read off a data sheet.
-
-    Args:
-        name: for tables.
-        flops: floating-point operations per second that the products of a training step reach.
-        update: seconds per parameter of what a step does whatever its batch: clip, AdamW, casts of weights and gradients.
-        launch: seconds that eager PyTorch takes to launch one operation.
-    """
-
-    name: str
-    flops: float
-    update: float
-    launch: float
-
-
-H100 = Hardware("H100", flops=380e12, update=24e-12, launch=8e-6)
-"""Rates that fit the bf16 training steps of XL/2 which the project's owner measured with a prototype of this library,
-captured in a CUDA graph, to 6 % (256 px at batch 32 and 64 and 512 px at batch 16: sparse 39.9, 61.5 and 63.7 ms,
-dense 75.7, 135.2 and 152 ms). The time to launch an operation is an assumption. Not yet measured with this library."""
-
-
-@dataclass(frozen=True)
-class PathCost:
-    """One path, for the whole batch."""
-
-    forward: float
-    """FLOPs of a forward pass (a multiply-add counts two)."""
-    backward: float
-    """FLOPs of a backward pass."""
-    activations: int
-    """Bytes that eager autograd keeps for the backward pass."""
-    operations: int
-    """Operations that eager PyTorch launches, forward and backward."""
-
-    @property
-    def training(self) -> float:
-        """FLOPs of forward and backward."""
-        return self.forward + self.backward
 
 
 @dataclass(frozen=True)
@@ -83,12 +31,25 @@ class Cost:
     model: str
     parameters: int
     batch: int
+    """Of one process."""
     full: PathCost
     sparse: PathCost
     shallow: PathCost
     shared: float | None = None
     """FLOPs of one step of PDG whose two predictions share the encoder (`weak="same"`); None where that is not possible."""
-    hardware: Hardware = field(default=H100, repr=False)
+    trained: int = 0
+    """Parameters that require gradients."""
+    weights: int = 0
+    """Bytes of the parameters."""
+    states: int = 0
+    """Bytes of gradients and of AdamW's two moments, for the parameters that are trained."""
+    processes: int = 1
+    chosen: Hardware | str = field(default=H100, repr=False)
+
+    @property
+    def hardware(self) -> Hardware:
+        """Of the estimates; "this machine" is measured when it is first asked for."""
+        return find(self.chosen) if isinstance(self.chosen, str) else self.chosen
 
     @property
     def sparse_ratio(self) -> float:
@@ -105,61 +66,96 @@ class Cost:
         """FLOPs of a step of CFG over those of one of PDG with a shared encoder."""
         return None if self.shared is None else 2 * self.full.forward / self.shared
 
-    def estimate(self, hardware: Hardware | None = None) -> dict[str, float]:
-        """Seconds of a training step (AdamW, bf16), by "path, launching".
+    def memory(self, name: str) -> int:
+        """Bytes that a training step on a path keeps in eager PyTorch: weights, gradients, AdamW's moments, activations.
 
-        "captured" has no launches to wait for (a CUDA graph), "eager" takes at least the launches of all its operations.
-        A model of three terms: products, what each step does once for every parameter, and launches. Take it for an order
-        of magnitude and for ratios.
+        Args:
+            name: "full", "sparse" or "shallow".
         """
-        h = hardware or self.hardware
-        update = h.update * self.parameters
-        seconds = {}
-        for name, cost in (("full", self.full), ("sparse", self.sparse)):
-            captured = cost.training / h.flops + update
-            seconds[f"{name}, captured"] = captured
-            seconds[f"{name}, eager"] = max(captured, cost.operations * h.launch + update)
-        return seconds
+        return self.weights + self.states + getattr(self, name).activations
+
+    def estimate(self, hardware: Hardware | str | None = None) -> dict[str, float]:
+        """Seconds of a training step (forward, backward, AdamW) of one process, by "path, launching".
+
+        "captured" has no launches to wait for (a CUDA graph), "eager" takes at least the launches of all its operations. A
+        CPU has no graphs: its keys are "full, eager" and "sparse, eager". Take it for an order of magnitude and for ratios,
+        except on hardware that was measured.
+
+        Args:
+            hardware: another device than the one that `cost` was asked about.
+        """
+        h = self.hardware if hardware is None else find(hardware) if isinstance(hardware, str) else hardware
+        kinds = ("captured", "eager") if h.captures else ("eager",)
+        paths = {"full": self.full, "sparse": self.sparse}
+        return {
+            f"{name}, {kind}": h.seconds(work, self.trained, captured=kind == "captured")
+            for name, work in paths.items()
+            for kind in kinds
+        }
 
     @property
     def notes(self) -> list[str]:
-        """Where dropping tokens will not pay, in words; empty where nothing speaks against it."""
-        seconds, h, notes = self.estimate(), self.hardware, []
-        eager, captured = (seconds[f"full, {kind}"] / seconds[f"sparse, {kind}"] for kind in ("eager", "captured"))
+        """Where dropping tokens will not pay, and what does not fit or is not counted, in words."""
+        return [*self._gains(), *self._limits()]
+
+    def _gains(self) -> Iterator[str]:
+        seconds, h = self.estimate(), self.hardware
+        gain = {
+            kind: seconds[f"full, {kind}"] / seconds[f"sparse, {kind}"] for kind in ("eager", "captured")[: 1 + h.captures]
+        }
         if self.sparse_ratio < PAYS:
-            notes.append(
-                f"a sparse step has only {self.sparse_ratio:.2f}x fewer FLOPs: more middle blocks or a higher drop ratio"
+            yield f"a sparse step has only {self.sparse_ratio:.2f}x fewer FLOPs: more middle blocks or a higher drop ratio"
+        launching, computing = self.sparse.operations * h.launch, self.sparse.training / h.flops
+        if gain["eager"] < PAYS:
+            graph = "capture the step (sprint.TrainStep), or " if h.captures and self.processes == 1 else ""
+            yield (
+                f"in eager PyTorch on {h.name} dropping tokens will not pay ({gain['eager']:.2f}x): at batch {self.batch} "
+                f"a sparse step waits for launches; those of {self.sparse.operations} operations take "
+                f"{_time(launching)}, their products {_time(computing)}: {graph}use a larger batch"
             )
-        if eager < PAYS:
-            notes.append(
-                f"in eager PyTorch on {h.name} dropping tokens will not pay ({eager:.2f}x): launching "
-                f"{self.sparse.operations} operations takes {1e3 * self.sparse.operations * h.launch:.0f} ms, their "
-                f"products {1e3 * self.sparse.training / h.flops:.0f} ms: capture the step (sprint.TrainStep), or "
-                "use a larger batch"
-            )
-        if captured < PAYS <= self.sparse_ratio:
-            notes.append(
-                f"even captured it will hardly pay ({captured:.2f}x): the update of {self.parameters / 1e6:.0f} M "
+        if gain.get("captured", PAYS) < PAYS <= self.sparse_ratio:
+            yield (
+                f"even captured it will hardly pay ({gain['captured']:.2f}x): the update of {self.trained / 1e6:.0f} M "
                 "parameters takes longer than the products of so few tokens: use a larger batch"
             )
-        return notes
+
+    def _limits(self) -> Iterator[str]:
+        h = self.hardware
+        large = [name for name in ("full", "sparse") if h.memory is not None and self.memory(name) > h.memory]
+        if h.memory is not None and large:
+            yield (
+                f"{' and '.join(large)} steps do not fit into the {_bytes(h.memory)} of {h.name}: a smaller batch, "
+                "model.set_checkpointing(), or FSDP2"
+            )
+        if self.processes > 1:
+            yield (
+                f"{self.processes} processes: batch, seconds and memory are those of one, with all weights and states, as "
+                "under DDP; exchanging gradients is not counted, and such steps are not captured"
+            )
 
     def __str__(self) -> str:
-        scale, unit = (1e9, "G") if self.full.forward > 1e9 else (1e6, "M")
-        head = f"{self.model}: {self.parameters / 1e6:.1f} M parameters, batch {self.batch}"
-        lines = [head, f"  {'':<10}{'forward':>14}{'fwd + bwd':>14}{'activations':>14}{'operations':>12}"]
+        h, seconds = self.hardware, self.estimate()
+        kinds = [kind for kind in ("captured", "eager") if f"full, {kind}" in seconds]
+        if self.processes > 1:
+            kinds = ["eager"]
+        rows = [["", "forward", "fwd + bwd", "operations", "activations", "memory"]]
+        rows[0] += [f"step, {kind}" if len(kinds) > 1 else "step" for kind in kinds]
         for name in ("full", "sparse", "shallow"):
             p: PathCost = getattr(self, name)
-            lines.append(
-                f"  {name:<10}{p.forward / scale:>8.1f} {unit}FLOP{p.training / scale:>8.1f} {unit}FLOP"
-                f"{p.activations / 2**30:>10.2f} GiB{p.operations:>12}"
-            )
-        shared = "" if self.shared_ratio is None else f", {self.shared_ratio:.2f}x with a shared encoder"
-        lines.append(
-            f"  FLOPs: sparse {self.sparse_ratio:.2f}x fewer, PDG {self.guidance_ratio:.2f}x fewer than CFG{shared}"
-        )
-        seconds = ", ".join(f"{name} {1e3 * s:.0f} ms" for name, s in self.estimate().items())
-        lines.append(f"  estimated training step on {self.hardware.name}: {seconds}")
+            times = [_time(seconds[f"{name}, {kind}"]) if name != "shallow" else "-" for kind in kinds]
+            numbers = [_flops(p.forward), _flops(p.training), str(p.operations), _bytes(p.activations)]
+            rows.append([name, *numbers, _bytes(self.memory(name)), *times])
+        widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+        lines = [f"{self.model}: {self.parameters / 1e6:.1f} M parameters, batch {self.batch}; {h.name}, rates {h.source}"]
+        for first, *rest in rows:
+            cells = [first.ljust(widths[0]), *(cell.rjust(width) for cell, width in zip(rest, widths[1:], strict=True))]
+            lines.append("  " + "   ".join(cells).rstrip())
+        shared = "" if self.shared_ratio is None else f", {_two(self.shared_ratio)}x with a shared encoder"
+        of = "" if h.memory is None else f", of {_bytes(h.memory)}"
+        lines += [
+            f"  memory: weights {_bytes(self.weights)}, gradients and AdamW {_bytes(self.states)}, and activations{of}",
+            f"  FLOPs: sparse {_two(self.sparse_ratio)}x fewer, PDG {_two(self.guidance_ratio)}x fewer than CFG{shared}",
+        ]
         return "\n".join(lines + [f"  note: {note}" for note in self.notes])
 
 
@@ -169,8 +165,9 @@ def cost(
     grid: tuple[int, int] | None = None,
     drop: Drop | None = None,
     batch: int = 1,
-    dtype: torch.dtype = torch.bfloat16,
-    hardware: Hardware = H100,
+    dtype: torch.dtype | None = None,
+    hardware: Hardware | str | None = None,
+    processes: int | None = None,
     **kwargs: Any,
 ) -> Cost:
     """Count what a model costs on each path.
@@ -181,19 +178,26 @@ def cost(
         *args: for a wrapped model, arguments of its forward.
         grid: for a SiT, the token grid: (16, 16) for 256 px, (32, 32) for 512 px.
         drop: drop sampler of the sparse path; by default `StructuredDrop(0.75)`, or the wrapped model's own.
-        batch: for a SiT.
-        dtype: for a SiT, of its activations (their bytes).
-        hardware: rates for the estimates.
+        batch: for a SiT, of one process.
+        dtype: for a SiT, of its activations (their bytes); by default float32 on a CPU, bfloat16 (autocast) elsewhere.
+        hardware: of the estimates: "H100", "H200", "A100", "RTX 4090", a `Hardware`, or "this machine", which is measured
+            when the first seconds are asked for (in three to five, once per process; see `Hardware.measure`). By default
+            an H100 for a preset's name or a model on the meta device, and for a real model the machine it is on: the
+            rates of a card that is known by name, or else "this machine".
+        processes: how many train, for the notes; by default those of `torch.distributed`.
         **kwargs: for a wrapped model, arguments of its forward.
 
     Raises:
-        ValueError: no grid for a SiT, no arguments or no drop sampler for a wrapped model, or a model that is neither.
-        TypeError: a model or drop sampler that is none.
+        ValueError: no grid for a SiT, no arguments or no drop sampler for a wrapped model, a model that is neither, or
+            hardware of an unknown name.
+        TypeError: a model, drop sampler or hardware that is none.
 
     Examples:
         >>> c = cost("XL/2", grid=(16, 16), batch=32)
         >>> c.parameters, round(c.sparse_ratio, 2), round(c.guidance_ratio, 2)
         (677476816, 2.82, 1.75)
+        >>> round(c.estimate()["sparse, captured"], 3), round(c.estimate("A100")["sparse, captured"], 3)
+        (0.038, 0.094)
     """
     if isinstance(model, str):
         with torch.device("meta"):
@@ -202,6 +206,9 @@ def cost(
         raise TypeError(f"model must be a preset's name, a SiT or a wrapped model, got {type(model).__name__}")
     if drop is not None and not hasattr(drop, "sample"):
         raise TypeError(f"drop must be a sampler such as sprint.StructuredDrop(0.75), got {drop!r}")
+    chosen = _choose(hardware, model)
+    parameters = list(model.parameters())
+    trained = [parameter for parameter in parameters if parameter.requires_grad]
     with torch.inference_mode(False), torch.enable_grad():
         if isinstance(host := unwrapped(model), SiT):
             if grid is None or args or kwargs:
@@ -210,121 +217,67 @@ def cost(
                 raise ValueError(
                     f"grid must be (rows, columns) of tokens and batch at least 1, whole numbers, got {grid!r} and {batch!r}"
                 )
-            return _of_sit(
-                host, (grid[0], grid[1]), drop or StructuredDrop(0.75), batch=batch, dtype=dtype, hardware=hardware
-            )
-        return _of_wrapped(model, args, kwargs, drop, hardware)
+            name, dtype = f"SiT {host.config.dim}x{host.config.depth}", dtype or _default_dtype(chosen)
+            counted = of_sit(host, (grid[0], grid[1]), drop or StructuredDrop(0.75), batch=batch, dtype=dtype)
+        else:
+            name, counted = type(model).__name__, of_wrapped(model, args, kwargs, drop)
+            batch = next((len(value) for value in (*args, *kwargs.values()) if isinstance(value, Tensor) and value.ndim), 1)
+    return Cost(
+        name,
+        sum(parameter.numel() for parameter in parameters),
+        batch,
+        **counted,
+        trained=sum(parameter.numel() for parameter in trained),
+        weights=sum(parameter.numel() * parameter.element_size() for parameter in parameters),
+        states=3 * sum(parameter.numel() * parameter.element_size() for parameter in trained),
+        processes=processes or _processes(),
+        chosen=chosen,
+    )
+
+
+def _choose(hardware: Hardware | str | None, model: nn.Module) -> Hardware | str:
+    """Names are looked up at once, measuring waits."""
+    if isinstance(hardware, Hardware) or hardware == HERE:
+        return hardware
+    if isinstance(hardware, str):
+        return find(hardware)
+    if hardware is not None:
+        raise TypeError(f'hardware must be a name such as "H100" or a sprint.Hardware, got {hardware!r}')
+    return H100 if any(parameter.is_meta for parameter in model.parameters()) else present()
+
+
+def _default_dtype(chosen: Hardware | str) -> torch.dtype:
+    on_gpu = torch.cuda.is_available() if isinstance(chosen, str) else chosen.captures
+    return torch.bfloat16 if on_gpu else torch.float32
+
+
+def _processes() -> int:
+    distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
+    return torch.distributed.get_world_size() if distributed else 1
 
 
 def _is_count(number: Any) -> bool:
     return isinstance(number, int) and not isinstance(number, bool) and number >= 1
 
 
-def _of_sit(like: SiT, grid: tuple[int, int], drop: Drop, *, batch: int, dtype: torch.dtype, hardware: Hardware) -> Cost:
-    config = like.config
-    with torch.device("meta"):
-        model = SiT(config).to(dtype)
-        for ours, theirs in zip(model.modules(), like.modules(), strict=True):
-            if isinstance(ours, Block) and isinstance(theirs, Block):
-                ours.recompute = theirs.recompute
-        for ours, theirs in zip(model.parameters(), like.parameters(), strict=True):
-            ours.requires_grad_(theirs.requires_grad)
-        x = torch.empty(batch, config.in_channels, *(config.patch_size * side for side in grid), dtype=dtype)
-        y = None
-        if config.num_classes is not None:
-            y = torch.empty(batch, dtype=torch.int64)
-        elif config.cond_dim is not None:
-            y = torch.empty(batch, config.cond_dim, dtype=dtype)
-        t, subset = torch.empty(batch), drop.sample(batch, grid)
-        paths = {
-            "full": _count(model, lambda: model(x, t, y)),
-            "sparse": _count(model, lambda: model(x, t, y, subset=subset)),
-            "shallow": _count(model, lambda: model(x, t, y, path="shallow")),
-        }
-        shared = _count(model, lambda: torch.stack(model(x, t, y, path="both"))).forward
-    name = f"SiT {config.dim}x{config.depth}"
-    return Cost(name, _parameters(model), batch, **paths, shared=shared, hardware=hardware)
+def _two(number: float) -> str:
+    """Two significant digits, without an exponent."""
+    return f"{float(f'{number:.2g}'):.10g}"
 
 
-def _of_wrapped(model: nn.Module, args: tuple, kwargs: dict[str, Any], drop: Drop | None, hardware: Hardware) -> Cost:
-    state = state_of(model)
-    if not args and not kwargs:
-        raise ValueError("give example arguments of the wrapped model's forward: cost(model, x, t)")
-    if drop is None and state.drop is None:
-        raise ValueError("the sparse path needs a drop sampler: cost(model, …, drop=sprint.StructuredDrop(0.75))")
-
-    def run(name: Any) -> Tensor:
-        with path(model, name, drop=drop if name == "sparse" else None):
-            return first_tensor(model(*args, **kwargs))
-
-    try:
-        with FakeTensorMode(allow_non_fake_inputs=True), _remembered(state):
-            paths = {name: _count(model, lambda name=name: run(name)) for name in ("full", "sparse", "shallow")}
-    except (DataDependentOutputException, DynamicOutputShapeException, UnsupportedFakeTensorException):
-        # A host that reads values, such as the lengths of captions, has to compute them.
-        paths = {name: _count(model, lambda name=name: run(name)) for name in ("full", "sparse", "shallow")}
-    tensors = [value for value in (*args, *kwargs.values()) if isinstance(value, Tensor) and value.ndim]
-    batch = len(tensors[0]) if tensors else 1
-    full, sparse, shallow = paths.values()
-    return Cost(type(model).__name__, _parameters(model), batch, full, sparse, shallow, hardware=hardware)
+def _unit(number: float, units: dict[str, float]) -> str:
+    """Two significant digits in the largest unit of which there is at least one."""
+    name, size = next((unit for unit in units.items() if float(f"{number:.2g}") >= unit[1]), list(units.items())[-1])
+    return f"{_two(number / size)} {name}"
 
 
-def _count(model: nn.Module, forward: Callable[[], Tensor]) -> PathCost:
-    kept: dict[int, Any] = {}
-    own = {parameter.untyped_storage()._cdata for parameter in model.parameters()}
-
-    def keep(tensor: Tensor) -> Tensor:
-        storage = tensor.untyped_storage()
-        if storage._cdata not in own:
-            kept[storage._cdata] = storage  # held, so that no other storage takes its place
-        return tensor
-
-    # The plain form of attention has exactly the products of the method; fused kernels differ in what they recompute.
-    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as flops, _Operations() as operations:
-        with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-            output = forward()
-        done = flops.get_total_flops()
-        activations = sum(storage.nbytes() for storage in kept.values())
-        with _gradients_apart(model):
-            if output.requires_grad:
-                output.float().sum().backward()
-        return PathCost(done, flops.get_total_flops() - done, activations, operations.count)
+def _time(seconds: float) -> str:
+    return _unit(seconds, {"s": 1, "ms": 1e-3, "µs": 1e-6})
 
 
-class _Operations(TorchDispatchMode):
-    """Counts operations that launch a kernel: all but views and allocations."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.count = 0
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: Any = None) -> Any:
-        is_view = getattr(func, "is_view", False) or func.overloadpacket.__name__ in ("empty", "detach", "_unsafe_view")
-        self.count += not is_view
-        return func(*args, **(kwargs or {}))
+def _flops(number: float) -> str:
+    return _unit(number, {"PFLOP": 1e15, "TFLOP": 1e12, "GFLOP": 1e9, "MFLOP": 1e6, "FLOP": 1})
 
 
-@contextlib.contextmanager
-def _gradients_apart(model: nn.Module) -> Iterator[None]:
-    """The gradients of the `with` block are not the model's."""
-    before = [(parameter, parameter.grad) for parameter in model.parameters()]
-    for parameter, _ in before:
-        parameter.grad = None
-    try:
-        yield
-    finally:
-        for parameter, grad in before:
-            parameter.grad = grad
-
-
-@contextlib.contextmanager
-def _remembered(state: SprintState) -> Iterator[None]:
-    route, grid = state.route, state.grid
-    try:
-        yield
-    finally:
-        state.route, state.grid = route, grid
-
-
-def _parameters(model: nn.Module) -> int:
-    return sum(parameter.numel() for parameter in model.parameters())
+def _bytes(number: float) -> str:
+    return _unit(number, {"GiB": 2**30, "MiB": 2**20, "KiB": 2**10, "B": 1})
