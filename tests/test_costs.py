@@ -1,6 +1,9 @@
 """The cost predictor against a formula, a FLOP counter on real tensors, and what it says where dropping will not pay."""
 
+import re
+
 import hosts
+import numpy as np
 import pytest
 import torch
 from models import tiny
@@ -8,7 +11,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 import sprint
-from sprint import StructuredDrop, costs, hardware, path_costs
+from sprint import RandomDrop, StructuredDrop, costs, hardware, path_costs
 from sprint.counting import count
 from sprint.hardware import KNOWN, Hardware
 
@@ -189,6 +192,46 @@ def test_it_says_where_dropping_will_not_pay():
     assert sprint.cost("XL/2", grid=(16, 16), batch=128, hardware=large).notes == []
     little = sprint.cost(sprint.SiT.preset("S/2", middle_depth=1), grid=(16, 16), drop=StructuredDrop(0.5))
     assert any("more middle blocks" in note for note in little.notes)
+    nothing = sprint.cost(tiny().requires_grad_(False), grid=(4, 4), hardware="H100")
+    assert any("no parameter is trained" in note for note in nothing.notes)
+
+
+@pytest.mark.parametrize(
+    ("rates", "says"),
+    [
+        ({"launch": 1e-2}, "waits for launches"),
+        ({"update": 1e-3}, "the update of .* takes most .* larger batch"),
+    ],
+)
+def test_a_note_names_what_takes_the_time(rates, says):
+    """On a CPU, where the terms add up."""
+    cpu = Hardware("cpu", **{"flops": 1e12, "update": 0.0, "launch": 0.0, "captures": False, **rates})
+    model = sprint.SiT.preset("S/2")
+    (note,) = sprint.cost(model, grid=(4, 4), hardware=cpu).notes
+    assert re.search(says, note)
+    assert "sprint.TrainStep" not in note  # there are no graphs to capture
+
+
+class Remembers(hosts.DiT):
+    """Its forward counts calls, draws, and, as a part of it, reads a value."""
+
+    def __init__(self, reads):
+        super().__init__()
+        self.register_buffer("calls", torch.tensor(3))
+        self.reads = reads
+
+    def forward(self, x, t):
+        self.calls += 1
+        x = x + torch.rand(()) * (self.calls.item() if self.reads else 1)
+        return super().forward(x, t)
+
+
+@pytest.mark.parametrize("reads", [False, True])
+def test_counting_leaves_buffers_and_random_streams(reads):
+    model, before = sprint.wrap(Remembers(reads), drop=RandomDrop(0.75)), torch.get_rng_state()
+    sprint.cost(model, torch.randn(2, 3, 8, 8, generator=torch.Generator()), torch.rand(2, generator=torch.Generator()))
+    assert model.calls == 3
+    assert torch.get_rng_state().equal(before)
 
 
 def test_the_estimate_fits_the_published_steps():
@@ -235,7 +278,8 @@ def test_hardware_by_name():
 
 def test_a_real_model_gets_the_estimate_of_its_machine_and_a_preset_that_of_a_gpu(monkeypatch):
     cpu, asked = Hardware("slow CPU", flops=1e10, update=1e-9, launch=1e-5, captures=False), []
-    monkeypatch.setattr(hardware, "_measured", lambda *of: asked.append(of) or cpu)
+    monkeypatch.setattr(hardware, "_MEASURED", {})
+    monkeypatch.setattr(Hardware, "measure", lambda *of: asked.append(of) or cpu)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     here = sprint.cost(tiny(), grid=(4, 4))
     assert asked == []  # measured when seconds are asked for, not before
@@ -259,6 +303,14 @@ def test_memory_beside_what_the_device_has():
     assert "weights 2.5 GiB, gradients and AdamW 7.6 GiB, and activations, of 24 GiB" in str(cost)
     assert any("full and sparse steps do not fit into the 24 GiB of RTX 4090" in note for note in cost.notes)
     assert not any("do not fit" in note for note in sprint.cost("S/2", grid=(8, 8)).notes)
+    little = Hardware("little", flops=1e12, update=0.0, launch=0.0, memory=2**20)
+    assert any("weights and states alone take" in note for note in sprint.cost("S/2", grid=(8, 8), hardware=little).notes)
+    halves = sprint.cost(tiny().bfloat16(), grid=(4, 4), hardware="H100")
+    assert (
+        halves.full.activations == sprint.cost(tiny(), grid=(4, 4), dtype=torch.bfloat16, hardware="H100").full.activations
+    )
+    double = sprint.cost(tiny().double(), grid=(4, 4), hardware="H100")
+    assert double.full.activations > 2.9 * halves.full.activations
 
 
 def test_several_processes_are_said_plainly():
@@ -267,7 +319,7 @@ def test_several_processes_are_said_plainly():
     assert "step, captured" not in str(eight)
     assert any("8 processes: batch, seconds and memory are those of one" in note for note in eight.notes)
     assert any("sprint.TrainStep" in note for note in alone.notes)
-    assert not any("sprint.TrainStep" in note for note in eight.notes)
+    assert not any("sprint.TrainStep" in note or "even captured" in note for note in eight.notes)
 
 
 def test_two_digits_and_never_zero():
@@ -304,5 +356,19 @@ def test_bad_input():
     model = sprint.wrap(hosts.DiT())
     with pytest.raises(ValueError, match="give example arguments"):
         sprint.cost(model)
+    for options in ({"grid": (4, 4)}, {"batch": 4}, {"dtype": torch.bfloat16}):
+        with pytest.raises(ValueError, match="grid, batch and dtype are for a SiT"):
+            sprint.cost(model, torch.randn(2, 3, 8, 8), torch.rand(2), **options)
+    for processes in (0, -1, 1.5, "8", True):
+        with pytest.raises(ValueError, match="processes must be a whole number"):
+            sprint.cost("S/2", grid=(4, 4), processes=processes)
+    with pytest.raises(TypeError, match="drop must be a sampler"):
+        sprint.cost("S/2", grid=(4, 4), drop=StructuredDrop)
+    cost = sprint.cost("S/2", grid=(4, 4), batch=np.int64(2))
+    assert cost.batch == 2
+    with pytest.raises(TypeError, match="hardware must be a name"):
+        cost.estimate(3)
+    with pytest.raises(ValueError, match="unknown path 'dense'"):
+        cost.memory("dense")
     with pytest.raises(ValueError, match="needs a drop sampler"):
         sprint.cost(model, torch.randn(2, 3, 8, 8), torch.rand(2))

@@ -1,5 +1,6 @@
 """The rates of devices: formula, data sheets, the fit, and that a measurement runs (its accuracy is for the benchmark)."""
 
+import dataclasses
 import types
 
 import pytest
@@ -31,7 +32,18 @@ def test_other_cards_are_scaled_by_their_data_sheets_and_say_so():
 
 
 @pytest.mark.parametrize(
-    ("name", "known"), [("NVIDIA A100-SXM4-40GB", "A100"), ("NVIDIA H100 80GB HBM3", "H100"), ("GB10", None)]
+    ("name", "known"),
+    [
+        ("NVIDIA A100-SXM4-40GB", "A100"),
+        ("NVIDIA H100 80GB HBM3", "H100"),
+        ("NVIDIA GeForce RTX 4090", "RTX 4090"),
+        ("GB10", None),
+        ("NVIDIA RTX A1000", None),
+        ("NVIDIA GH200 480GB", None),
+        ("NVIDIA GeForce RTX 4090 Laptop GPU", None),
+        ("NVIDIA H100 80GB HBM3 MIG 1g.10gb", None),
+        ("NVIDIA A100-PCIE-40GB", None),
+    ],
 )
 def test_a_card_is_known_by_its_name_and_has_its_own_memory(name, known, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
@@ -58,30 +70,43 @@ def test_measuring_this_cpu(monkeypatch):
     before = torch.get_rng_state()
     here = Hardware.measure("cpu", seconds=0.0)
     assert torch.get_rng_state().equal(before)
-    assert (here.source, here.captures) == ("measured here", False)
-    assert here.flops > 1e8
+    assert here.source.startswith("measured here")
+    assert not here.captures
     assert here.memory is None or here.memory > 2**28
     with torch.inference_mode():
         Hardware.measure("cpu", torch.bfloat16, seconds=0.0)
 
 
+def test_rates_that_do_not_fit_say_so(monkeypatch):
+    """Times without any relation to the work, as other work on the machine may leave."""
+    monkeypatch.setattr(hardware, "_fastest", lambda jobs, **_: [1e-3, 1.0, 1e-3, 1e-3])
+    assert "unreliable" in Hardware.measure("cpu", seconds=0.0).source
+
+
 def test_this_machine_is_measured_once_for_each_number_of_threads(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(hardware, "_MEASURED", {})
     calls = []
-    monkeypatch.setattr(Hardware, "measure", lambda *args: calls.append(args) or KNOWN["H100"])
-    hardware._measured.cache_clear()
-    try:
-        for threads in (2, 1, 2):
-            monkeypatch.setattr(torch, "get_num_threads", lambda threads=threads: threads)
-            hardware.find("this machine")
-    finally:
-        hardware._measured.cache_clear()
-    assert calls == [("cpu",), ("cpu",)]
+    sources = iter(["measured here", hardware.UNRELIABLE, "measured here"])
+    monkeypatch.setattr(
+        Hardware, "measure", lambda *args: calls.append(args) or dataclasses.replace(KNOWN["H100"], source=next(sources))
+    )
+    for threads in (2, 1, 2, 1, 1):  # what was unreliable is measured again
+        monkeypatch.setattr(torch, "get_num_threads", lambda threads=threads: threads)
+        hardware.find(" This machine")
+    assert calls == [("cpu",)] * 3
 
 
 def test_bad_input():
-    with pytest.raises(ValueError, match="can measure a CPU or a CUDA device, got meta"):
+    with pytest.raises(ValueError, match="can measure a CPU or a CUDA device that is there, got meta"):
         Hardware.measure("meta")
+    with pytest.raises(ValueError, match="can measure a CPU or a CUDA device that is there, got toaster"):
+        Hardware.measure("toaster")
+    with pytest.raises(ValueError, match="seconds must be at least 0, got -1"):
+        Hardware.measure("cpu", seconds=-1)
+    for memory in (-5, 0, "80GB"):
+        with pytest.raises(ValueError, match="memory must be bytes"):
+            Hardware("mine", flops=1.0, update=0.0, launch=0.0, memory=memory)
     for wrong in ({"flops": 0.0}, {"bandwidth": -1.0}, {"update": -1.0}, {"launch": -1.0}):
         with pytest.raises(ValueError, match="must be positive"):
             Hardware("mine", **{"flops": 1.0, "update": 0.0, "launch": 0.0, **wrong})

@@ -95,3 +95,13 @@ def test_the_lock_of_a_killed_process_is_not_held_by_its_workers(tmp_path):
         process.kill()
         process.stdout.close()
         os.kill(worker, signal.SIGKILL)
+
+
+def test_one_object_of_a_process_holds_the_lock_at_a_time(tmp_path):
+    run = RunFolder(tmp_path)
+    run.lock()
+    run.lock()
+    with pytest.raises(ValueError, match="another RunFolder of this process holds"):
+        RunFolder(tmp_path).lock()
+    del run
+    RunFolder(tmp_path).lock()

@@ -7,8 +7,10 @@ FLOPs are not seconds. `Cost.estimate` sets them against the rates of a `Hardwar
 dropping tokens will not pay.
 """
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from numbers import Integral
 from typing import Any
 
 import torch
@@ -71,7 +73,12 @@ class Cost:
 
         Args:
             name: "full", "sparse" or "shallow".
+
+        Raises:
+            ValueError: another name.
         """
+        if name not in ("full", "sparse", "shallow"):
+            raise ValueError(f'unknown path {name!r}: choose "full", "sparse" or "shallow"')
         return self.weights + self.states + getattr(self, name).activations
 
     def estimate(self, hardware: Hardware | str | None = None) -> dict[str, float]:
@@ -84,7 +91,8 @@ class Cost:
         Args:
             hardware: another device than the one that `cost` was asked about.
         """
-        h = self.hardware if hardware is None else find(hardware) if isinstance(hardware, str) else hardware
+        chosen = self.hardware if hardware is None else _choose(hardware)
+        h = find(chosen) if isinstance(chosen, str) else chosen
         kinds = ("captured", "eager") if h.captures else ("eager",)
         paths = {"full": self.full, "sparse": self.sparse}
         return {
@@ -99,19 +107,31 @@ class Cost:
         return [*self._gains(), *self._limits()]
 
     def _gains(self) -> Iterator[str]:
-        seconds, h = self.estimate(), self.hardware
-        gain = {
-            kind: seconds[f"full, {kind}"] / seconds[f"sparse, {kind}"] for kind in ("eager", "captured")[: 1 + h.captures]
-        }
+        seconds, h, alone = self.estimate(), self.hardware, self.processes == 1
+        gain = {kind: seconds[f"full, {kind}"] / (seconds[f"sparse, {kind}"] or math.inf) for kind in self._kinds}
+        if not self.trained:
+            yield "no parameter is trained: what is called a training step is a forward pass, with what backward there is"
         if self.sparse_ratio < PAYS:
             yield f"a sparse step has only {self.sparse_ratio:.2f}x fewer FLOPs: more middle blocks or a higher drop ratio"
-        launching, computing = self.sparse.operations * h.launch, self.sparse.training / h.flops
-        if gain["eager"] < PAYS:
-            graph = "capture the step (sprint.TrainStep), or " if h.captures and self.processes == 1 else ""
+        terms = {
+            "the products": self.sparse.training / h.flops,
+            "moving memory": self.sparse.traffic / h.bandwidth,
+            f"launching {self.sparse.operations} operations": self.sparse.operations * h.launch,
+            f"the update of {self.trained / 1e6:.0f} M parameters": self.trained * h.update,
+        }
+        times = ", ".join(f"{name} {_time(term)}" for name, term in terms.items() if term)
+        largest = max(terms, key=lambda name: terms[name])
+        if gain["eager"] < PAYS and largest.startswith("launching"):
             yield (
-                f"in eager PyTorch on {h.name} dropping tokens will not pay ({gain['eager']:.2f}x): at batch {self.batch} "
-                f"a sparse step waits for launches; those of {self.sparse.operations} operations take "
-                f"{_time(launching)}, their products {_time(computing)}: {graph}use a larger batch"
+                f"in eager PyTorch on {h.name} dropping tokens will not pay ({gain['eager']:.2f}x): at batch {self.batch} a "
+                f"sparse step waits for launches ({times}): "
+                f"{'capture the step (sprint.TrainStep), or ' if h.captures and alone else ''}use a larger batch"
+            )
+        elif gain["eager"] < PAYS <= self.sparse_ratio and "captured" not in gain:
+            larger = largest.startswith("the update")
+            yield (
+                f"on {h.name} dropping tokens will hardly pay ({gain['eager']:.2f}x): of a sparse step {largest} takes most "
+                f"({times}): {'use a larger batch' if larger else 'more middle blocks or a higher drop ratio'}"
             )
         if gain.get("captured", PAYS) < PAYS <= self.sparse_ratio:
             yield (
@@ -119,14 +139,19 @@ class Cost:
                 "parameters takes longer than the products of so few tokens: use a larger batch"
             )
 
+    @property
+    def _kinds(self) -> tuple[str, ...]:
+        """How a step is launched here; over several processes it is not captured."""
+        return ("captured", "eager") if self.hardware.captures and self.processes == 1 else ("eager",)
+
     def _limits(self) -> Iterator[str]:
         h = self.hardware
         large = [name for name in ("full", "sparse") if h.memory is not None and self.memory(name) > h.memory]
         if h.memory is not None and large:
-            yield (
-                f"{' and '.join(large)} steps do not fit into the {_bytes(h.memory)} of {h.name}: a smaller batch, "
-                "model.set_checkpointing(), or FSDP2"
-            )
+            way = "a smaller batch, activation checkpointing, or FSDP2"
+            if (fixed := self.weights + self.states) > h.memory:
+                way = f"weights and states alone take {_bytes(fixed)}: FSDP2 over several, or a larger device"
+            yield f"{' and '.join(large)} steps do not fit into the {_bytes(h.memory)} of {h.name}: {way}"
         if self.processes > 1:
             yield (
                 f"{self.processes} processes: batch, seconds and memory are those of one, with all weights and states, as "
@@ -135,9 +160,7 @@ class Cost:
 
     def __str__(self) -> str:
         h, seconds = self.hardware, self.estimate()
-        kinds = [kind for kind in ("captured", "eager") if f"full, {kind}" in seconds]
-        if self.processes > 1:
-            kinds = ["eager"]
+        kinds = self._kinds
         rows = [["", "forward", "fwd + bwd", "operations", "activations", "memory"]]
         rows[0] += [f"step, {kind}" if len(kinds) > 1 else "step" for kind in kinds]
         for name in ("full", "sparse", "shallow"):
@@ -179,7 +202,8 @@ def cost(
         grid: for a SiT, the token grid: (16, 16) for 256 px, (32, 32) for 512 px.
         drop: drop sampler of the sparse path; by default `StructuredDrop(0.75)`, or the wrapped model's own.
         batch: for a SiT, of one process.
-        dtype: for a SiT, of its activations (their bytes); by default float32 on a CPU, bfloat16 (autocast) elsewhere.
+        dtype: for a SiT, of its activations (their bytes); by default the model's own, or for
+            float32 on a GPU bfloat16 (autocast).
         hardware: of the estimates: "H100", "H200", "A100", "RTX 4090", a `Hardware`, or "this machine", which is measured
             when the first seconds are asked for (in three to five, once per process; see `Hardware.measure`). By default
             an H100 for a preset's name or a model on the meta device, and for a real model the machine it is on: the
@@ -188,8 +212,8 @@ def cost(
         **kwargs: for a wrapped model, arguments of its forward.
 
     Raises:
-        ValueError: no grid for a SiT, no arguments or no drop sampler for a wrapped model, a model that is neither, or
-            hardware of an unknown name.
+        ValueError: no grid for a SiT, no arguments or no drop sampler for a wrapped model or a SiT's options, a model that
+            is neither, hardware of an unknown name, or processes that are no number of them.
         TypeError: a model, drop sampler or hardware that is none.
 
     Examples:
@@ -204,10 +228,13 @@ def cost(
             model = SiT.preset(model)
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be a preset's name, a SiT or a wrapped model, got {type(model).__name__}")
-    if drop is not None and not hasattr(drop, "sample"):
+    if drop is not None and (isinstance(drop, type) or not hasattr(drop, "sample")):
         raise TypeError(f"drop must be a sampler such as sprint.StructuredDrop(0.75), got {drop!r}")
-    chosen = _choose(hardware, model)
+    if processes is not None and not _is_count(processes):
+        raise ValueError(f"processes must be a whole number of at least 1, got {processes!r}")
     parameters = list(model.parameters())
+    on_meta = any(parameter.is_meta for parameter in parameters)
+    chosen = _choose(hardware) if hardware is not None else H100 if on_meta else present()
     trained = [parameter for parameter in parameters if parameter.requires_grad]
     with torch.inference_mode(False), torch.enable_grad():
         if isinstance(host := unwrapped(model), SiT):
@@ -217,9 +244,13 @@ def cost(
                 raise ValueError(
                     f"grid must be (rows, columns) of tokens and batch at least 1, whole numbers, got {grid!r} and {batch!r}"
                 )
-            name, dtype = f"SiT {host.config.dim}x{host.config.depth}", dtype or _default_dtype(chosen)
+            name, dtype = f"SiT {host.config.dim}x{host.config.depth}", dtype or _default_dtype(host, chosen)
             counted = of_sit(host, (grid[0], grid[1]), drop or StructuredDrop(0.75), batch=batch, dtype=dtype)
         else:
+            if grid is not None or dtype is not None or batch != 1:
+                raise ValueError(
+                    "grid, batch and dtype are for a SiT: those of a wrapped model come with its example arguments"
+                )
             name, counted = type(model).__name__, of_wrapped(model, args, kwargs, drop)
             batch = next((len(value) for value in (*args, *kwargs.values()) if isinstance(value, Tensor) and value.ndim), 1)
     return Cost(
@@ -235,18 +266,18 @@ def cost(
     )
 
 
-def _choose(hardware: Hardware | str | None, model: nn.Module) -> Hardware | str:
+def _choose(hardware: Hardware | str) -> Hardware | str:
     """Names are looked up at once, measuring waits."""
-    if isinstance(hardware, Hardware) or hardware == HERE:
-        return hardware
     if isinstance(hardware, str):
-        return find(hardware)
-    if hardware is not None:
+        return HERE if hardware.strip().casefold() == HERE else find(hardware)
+    if not isinstance(hardware, Hardware):
         raise TypeError(f'hardware must be a name such as "H100" or a sprint.Hardware, got {hardware!r}')
-    return H100 if any(parameter.is_meta for parameter in model.parameters()) else present()
+    return hardware
 
 
-def _default_dtype(chosen: Hardware | str) -> torch.dtype:
+def _default_dtype(model: SiT, chosen: Hardware | str) -> torch.dtype:
+    if model.dtype != torch.float32:
+        return model.dtype
     on_gpu = torch.cuda.is_available() if isinstance(chosen, str) else chosen.captures
     return torch.bfloat16 if on_gpu else torch.float32
 
@@ -257,7 +288,7 @@ def _processes() -> int:
 
 
 def _is_count(number: Any) -> bool:
-    return isinstance(number, int) and not isinstance(number, bool) and number >= 1
+    return isinstance(number, Integral) and not isinstance(number, bool) and int(number) >= 1
 
 
 def _two(number: float) -> str:
@@ -272,7 +303,7 @@ def _unit(number: float, units: dict[str, float]) -> str:
 
 
 def _time(seconds: float) -> str:
-    return _unit(seconds, {"s": 1, "ms": 1e-3, "µs": 1e-6})
+    return _unit(seconds, {"h": 3600, "s": 1, "ms": 1e-3, "µs": 1e-6})
 
 
 def _flops(number: float) -> str:
@@ -280,4 +311,4 @@ def _flops(number: float) -> str:
 
 
 def _bytes(number: float) -> str:
-    return _unit(number, {"GiB": 2**30, "MiB": 2**20, "KiB": 2**10, "B": 1})
+    return _unit(number, {"TiB": 2**40, "GiB": 2**30, "MiB": 2**20, "KiB": 2**10, "B": 1})

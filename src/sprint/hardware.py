@@ -6,10 +6,11 @@ On a CPU these add up. A GPU computes while the next operation is launched, so t
 and a CUDA graph leaves the work alone.
 """
 
-import functools
 import itertools
 import math
+import operator
 import os
+import re
 import time
 from dataclasses import dataclass, replace
 
@@ -23,6 +24,7 @@ HERE = "this machine"
 FITTED = "fitted to measured steps"
 SCALED = "scaled from the H100 by data sheets, not measured"
 MEASURED = "measured here"
+UNRELIABLE = "measured here while other work took the machine: unreliable, measure again"
 
 
 @dataclass(frozen=True)
@@ -40,7 +42,7 @@ class Hardware:
         source: where the rates come from.
 
     Raises:
-        ValueError: a rate that is not positive, or a time that is negative.
+        ValueError: a rate or memory that is not positive, or a time that is negative.
 
     Examples:
         >>> gpu = Hardware("mine", flops=100e12, update=40e-12, launch=8e-6, memory=48 * 2**30)
@@ -64,6 +66,8 @@ class Hardware:
                 "flops and bandwidth must be positive (per second), update and launch at least 0 (seconds), got "
                 f"flops={self.flops!r}, bandwidth={self.bandwidth!r}, update={self.update!r}, launch={self.launch!r}"
             )
+        if self.memory is not None and not (isinstance(self.memory, int) and self.memory > 0):
+            raise ValueError(f"memory must be bytes, such as 80 * 2**30, or None, got {self.memory!r}")
 
     def seconds(self, work: PathCost, parameters: int, *, captured: bool = False) -> float:
         """Seconds of a training step.
@@ -86,8 +90,9 @@ class Hardware:
         """Measure this machine on training steps of a few small models; takes three to five seconds.
 
         A GPU is measured in eager PyTorch: compiled blocks move less memory, so that a captured step can be faster than its
-        estimate. On a busy machine the rates are those that the other work leaves. With one CPU thread the process's own
-        time counts instead, which other work hardly changes. Random streams are left as they were.
+        estimate. On a busy machine the rates are those that the other work leaves; where it leaves none that fit, `source`
+        says so. With one CPU thread the process's own time counts instead, which other work hardly changes. Random streams
+        are left as they were.
 
         Args:
             device: a CPU or CUDA device; by default the current CUDA device, or else the CPU.
@@ -98,16 +103,23 @@ class Hardware:
             Rates for `cost(..., hardware=...)`, good for as long as nothing else, such as `torch.set_num_threads`, changes.
 
         Raises:
-            ValueError: another kind of device.
+            ValueError: another kind of device or one that is not there, or negative seconds.
 
         Examples:
             >>> here = Hardware.measure("cpu", seconds=0.1)
             >>> here.source, here.captures
             ('measured here', False)
         """
-        device = torch.device(device if device is not None else "cuda" if torch.cuda.is_available() else "cpu")
-        if device.type not in ("cpu", "cuda"):
-            raise ValueError(f"can measure a CPU or a CUDA device, got {device}: give Hardware(...) its rates instead")
+        if device is None:
+            device = "cuda" if torch.cuda.is_available() else "cpu"
+        kind = getattr(device, "type", str(device).partition(":")[0])
+        if kind != "cpu" and not (kind == "cuda" and torch.cuda.is_available()):
+            raise ValueError(
+                f"can measure a CPU or a CUDA device that is there, got {device}: give Hardware(...) its rates instead"
+            )
+        if not seconds >= 0:
+            raise ValueError(f"seconds must be at least 0, got {seconds!r}")
+        device = torch.device(device)
         cuda = [torch.cuda.current_device() if device.index is None else device.index] if device.type == "cuda" else []
         with torch.random.fork_rng(cuda), torch.inference_mode(False), torch.enable_grad():
             return _measure_gpu(device, dtype or torch.bfloat16, seconds) if cuda else _measure_cpu(dtype, seconds)
@@ -117,6 +129,9 @@ H100 = Hardware("H100", flops=380e12, update=24e-12, launch=8e-6, memory=80 * 2*
 """Rates that fit the bf16 training steps of XL/2 which the project's owner measured with a prototype of this library,
 captured in a CUDA graph, to 6 % (256 px at batch 32 and 64 and 512 px at batch 16: sparse 39.9, 61.5 and 63.7 ms,
 dense 75.7, 135.2 and 152 ms). The time to launch an operation is an assumption. Not yet measured with this library."""
+
+
+_MEASURED: dict[tuple[int | None, int], Hardware] = {}  # by CUDA device and number of threads
 
 
 def _scaled(name: str, *, peak: float, bandwidth: float, memory: int) -> Hardware:
@@ -142,10 +157,14 @@ def find(name: str) -> Hardware:
     Raises:
         ValueError: there is none of this name.
     """
-    if name == HERE:
-        return _measured(torch.cuda.current_device() if torch.cuda.is_available() else None, torch.get_num_threads())
+    wanted = name.strip().casefold()
+    if wanted == HERE:
+        key = (torch.cuda.current_device() if torch.cuda.is_available() else None, torch.get_num_threads())
+        if key not in _MEASURED or _MEASURED[key].source == UNRELIABLE:
+            _MEASURED[key] = Hardware.measure("cpu" if key[0] is None else f"cuda:{key[0]}")
+        return _MEASURED[key]
     for known, hardware in KNOWN.items():
-        if known.casefold() == name.casefold():
+        if known.casefold() == wanted:
             return hardware
     names = ", ".join(map(repr, (*KNOWN, HERE)))
     raise ValueError(f"unknown hardware {name!r}: choose one of {names}, or give sprint.Hardware(...) its rates")
@@ -156,14 +175,10 @@ def present() -> Hardware | str:
     if torch.cuda.is_available():
         card = torch.cuda.get_device_properties(torch.cuda.current_device())
         for name, hardware in KNOWN.items():
-            if name in card.name:
+            # Cards of the same name on a slower board or in a share of one are others.
+            if re.search(rf"\b{name}\b", card.name) and not re.search(r"\b(Laptop|MIG|PCIe|NVL)\b", card.name, re.I):
                 return replace(hardware, memory=card.total_memory)
     return HERE
-
-
-@functools.cache
-def _measured(cuda: int | None, threads: int) -> Hardware:
-    return Hardware.measure("cpu" if cuda is None else f"cuda:{cuda}")
 
 
 class _Steps:
@@ -231,14 +246,18 @@ def _measure_cpu(dtype: torch.dtype | None, seconds: float) -> Hardware:
     settings = [_Steps(*shape, device=device, dtype=dtype or torch.float32) for shape in shapes]
     times = _fastest([setting.step for setting in settings], seconds=seconds, device=device)
     rows = [[s.work.training, s.work.traffic, s.work.operations, s.parameters] for s in settings]
-    product, byte, launch, update = nonnegative_fit(rows, times)
+    product, byte, launch, update = terms = nonnegative_fit(rows, times)
+    fitted = [sum(map(operator.mul, terms, row)) for row in rows]
+    fits = product > 0 and all(0.75 < fit / time < 1.33 for fit, time in zip(fitted, times, strict=True))
+    threads = torch.get_num_threads()
     try:
         memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     except (AttributeError, ValueError, OSError):  # not a POSIX system
         memory = None
     return Hardware(
-        f"this CPU ({torch.get_num_threads()} threads)", flops=1 / product if product else math.inf, update=update,
-        launch=launch, bandwidth=1 / byte if byte else math.inf, memory=memory, captures=False, source=MEASURED,
+        f"this CPU ({threads} thread{'s'[: threads > 1]})", flops=1 / product if product else math.inf, update=update,
+        launch=launch, bandwidth=1 / byte if byte else math.inf, memory=memory, captures=False,
+        source=MEASURED if fits else UNRELIABLE,
     )  # fmt: skip
 
 

@@ -82,7 +82,8 @@ def load_full_state(state: dict[str, Any], model: nn.Module, optimizer: torch.op
 def leave() -> None:
     """Leave the default process group at the end of a script, in place of `torch.distributed.destroy_process_group()`.
 
-    All processes must call it when their work is done. Without a process group it does nothing.
+    All processes must call it when their work is done; it raises torch's error if one of them is gone. Without a process
+    group it does nothing.
 
     FSDP2 keeps the group, whose threads then live until the interpreter ends. If one of them is still dropping the last
     collective, for which it needs the interpreter, gloo aborts there ("terminate called without an active exception"), after

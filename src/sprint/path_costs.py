@@ -110,12 +110,28 @@ def of_wrapped(model: nn.Module, args: tuple, kwargs: dict[str, Any], drop: Drop
     def paths(weights: list[Tensor] | None = None) -> dict[str, Any]:
         return {name: count(model, functools.partial(run, name), weights=weights) for name in ("full", "sparse", "shallow")}
 
-    try:
-        with FakeTensorMode(allow_non_fake_inputs=True) as fake, _remembered(state):
-            return paths([fake.from_tensor(parameter) for parameter in model.parameters()])
-    except (DataDependentOutputException, DynamicOutputShapeException, UnsupportedFakeTensorException):
-        # A host that reads values, such as the lengths of captions, has to compute them.
-        return paths()
+    with _untouched(model):
+        try:
+            with FakeTensorMode(allow_non_fake_inputs=True) as fake, _remembered(state):
+                return paths([fake.from_tensor(parameter) for parameter in model.parameters()])
+        except (DataDependentOutputException, DynamicOutputShapeException, UnsupportedFakeTensorException):
+            # A host that reads values, such as the lengths of captions, has to compute them.
+            return paths()
+
+
+@contextlib.contextmanager
+def _untouched(model: nn.Module) -> Iterator[None]:
+    """What a forward pass changes is put back: buffers, such as running means, and random streams."""
+    buffers = [(buffer, buffer.detach().clone()) for buffer in model.buffers() if not buffer.is_meta]
+    devices = {parameter.device for parameter in model.parameters() if parameter.is_cuda}
+    with torch.random.fork_rng(devices):
+        try:
+            yield
+        finally:
+            with torch.no_grad():
+                for buffer, before in buffers:
+                    if not torch.equal(buffer, before):
+                        buffer.copy_(before)
 
 
 @contextlib.contextmanager

@@ -5,11 +5,14 @@ run/checkpoints/00005000.safetensors        one training state, as `save_state` 
 
 import re
 import warnings
+import weakref
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from sprint.checkpoint import PathLike, load_state, save_state
+
+_HOLDERS: weakref.WeakValueDictionary[Path, "RunFolder"] = weakref.WeakValueDictionary()
 
 
 class RunFolder:
@@ -35,21 +38,27 @@ class RunFolder:
         self.folder.mkdir(parents=True, exist_ok=True)
 
     def lock(self) -> None:
-        """Claim the folder for this process until it ends, however it ends.
+        """Claim the folder for this process until it ends, however it ends, or lets go of this object.
 
         A POSIX lock: unlike `flock`, it is not inherited by forked workers, which outlive a killed process by some seconds.
+        It is lost if this process itself opens and closes the folder's `.lock`, as in copying the whole folder.
 
         Raises:
-            ValueError: another process has it.
+            ValueError: another process has it, or another object of this one.
         """
         try:
             import fcntl
         except ImportError:  # Windows
             return
+        if _HOLDERS.setdefault(self.folder.resolve(), self) is not self:
+            raise ValueError(
+                f"another RunFolder of this process holds {self.folder.parent}: use that one, or another folder"
+            )
         self._lock = (self.folder.parent / ".lock").open("w")
         try:
             fcntl.lockf(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except (BlockingIOError, PermissionError) as error:  # POSIX allows either
+            del _HOLDERS[self.folder.resolve()]
             raise ValueError(
                 f"another process is training in {self.folder.parent}: wait for it, stop it, or use another folder"
             ) from error
