@@ -9,7 +9,7 @@ import torch
 
 import sprint
 from benchmarks import report
-from sprint.layers import Block, axial_rope
+from sprint.models.layers import Block, axial_rope
 
 
 def main() -> None:

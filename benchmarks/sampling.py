@@ -19,7 +19,7 @@ GUIDANCE: dict[str, Any] = {
 }
 
 
-def guided_flops(cost: sprint.Cost) -> dict[str, float]:
+def guided_flops(cost: sprint.costs.Cost) -> dict[str, float]:
     """Of one guided step, by the names of GUIDANCE."""
     return {
         "CFG": 2 * cost.full.forward,

@@ -21,7 +21,7 @@ import torch
 
 import sprint
 from benchmarks import report
-from sprint.fused import Kernels
+from sprint.kernels.fused import Kernels
 
 NAMES: dict[str, Kernels] = {  # of what is measured, and what computes the element-wise part of its blocks
     "eager": "torch",

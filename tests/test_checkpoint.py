@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 from sprint import SiT, SiTConfig, checkpoint, load_state, save_state
 
 CONFIG = SiTConfig(**TINY)
-REFERENCE = Path(__file__).parent / "data" / "reference_tiny_repa.safetensors"
+REFERENCE = Path(__file__).parent / "recorded" / "reference_tiny_repa.safetensors"
 
 
 def weights(model) -> dict[str, torch.Tensor]:

@@ -72,7 +72,7 @@ def _kernel(cases: Any, operation: Any, key: Row, device: str) -> list[Row]:
 
 
 def _update(key: Row, device: str) -> list[Row]:
-    from sprint.optim import fastest, update
+    from sprint.training.optim import fastest, update
 
     def results(function: Any, dtype: torch.dtype) -> list[torch.Tensor]:
         generator = torch.Generator().manual_seed(0)

@@ -84,6 +84,6 @@ def _fitted(path: Path, device: str, key: Row) -> list[Row]:
     return [{**key, "line": line, "error": None}, *result]
 
 
-def _cost(row: Row) -> sprint.Cost:
+def _cost(row: Row) -> sprint.costs.Cost:
     grid, _, batch = row["job"].partition(":")
     return sprint.cost(toy() if row["preset"] == "toy" else row["preset"], grid=report.grid(grid), batch=int(batch))

@@ -32,7 +32,7 @@ def marked() -> list[str]:
 def _tests(seconds: float, *, dry: bool) -> list[Row]:
     if importlib.util.find_spec("pytest") is None:
         raise ModuleNotFoundError("pytest is missing")
-    chosen = ["-m", "not gpu and not slow", "tests/test_tokens.py"] if dry else ["-m", "gpu", *marked()]
+    chosen = ["-m", "not gpu and not slow", "tests/middle/test_tokens.py"] if dry else ["-m", "gpu", *marked()]
     options = ["-v", "-rfE", "--tb=short", "--color=no", "-p", "no:cacheprovider", "--continue-on-collection-errors"]
     command = [sys.executable, "-m", "pytest", *options, *chosen]
     process = subprocess.Popen(

@@ -7,9 +7,9 @@ from pathlib import Path
 from typing import Any, Literal
 
 import sprint
-from sprint.config import PRESETS
-from sprint.schedule import Decay
-from sprint.teacher import DINOV2_B
+from sprint.data.teacher import DINOV2_B
+from sprint.models.config import PRESETS
+from sprint.training.schedule import Decay
 
 MaskType = Literal["random", "structured_with_random_offset"]
 Stages = Literal["pretrain", "finetune", "both"]
@@ -147,9 +147,9 @@ class Config:
             path_drop=self.path_drop_prob,
         )
 
-    def schedule(self) -> sprint.TwoStage:
+    def schedule(self) -> sprint.training.TwoStage:
         """Of the stages asked for."""
-        first = sprint.Stage(
+        first = sprint.training.Stage(
             steps=self.max_train_steps,
             batch=self.batch_size,
             lr=self.learning_rate,
@@ -158,15 +158,15 @@ class Config:
             decay=self.lr_schedule,
         )
         if self.stages == "pretrain":
-            return sprint.TwoStage(first)
-        second = sprint.Stage(
+            return sprint.training.TwoStage(first)
+        second = sprint.training.Stage(
             steps=self.finetune.max_train_steps,
             batch=self.finetune.batch_size or self.batch_size,
             lr=self.finetune.learning_rate or self.learning_rate,
             warmup=self.finetune.warmup_steps,
             decay=self.finetune.lr_schedule,
         )
-        return sprint.TwoStage(first, second) if self.stages == "both" else sprint.TwoStage(second)
+        return sprint.training.TwoStage(first, second) if self.stages == "both" else sprint.training.TwoStage(second)
 
     def accumulation(self, stage: int) -> int:
         """Calls per update."""

@@ -18,7 +18,7 @@ from weights import load
 
 import sprint
 from sprint.checkpoint import read_tensors, write_tensors
-from sprint.original import from_original, to_original
+from sprint.models.original import from_original, to_original
 
 LAYOUTS = ("ours", "reference", "sit", "dit")
 

@@ -24,7 +24,7 @@ from torch_fidelity.metric_fid import KEY_METRIC_FID, fid_input_id_to_statistics
 from torch_fidelity.utils import create_feature_extractor, resolve_feature_layer_for_metric
 
 from sprint.checkpoint import write_text
-from sprint.images import SUFFIXES, as_rgb, center_crop
+from sprint.data.images import SUFFIXES, as_rgb, center_crop
 
 INCEPTION, DINO = "inception-v3-compat", "dinov2-vit-l-14"
 NAMES = {

@@ -26,7 +26,7 @@ class Log:
         self.counts: dict[str, int] = {}
         self.images, self.since = 0, time.perf_counter()
 
-    def add(self, out: sprint.StepOutput, images: int) -> None:
+    def add(self, out: sprint.training.StepOutput, images: int) -> None:
         """Of one call of the step."""
         values: dict[str, Any] = {"loss": out.loss, **out.metrics}
         if out.grad_norm is not None:

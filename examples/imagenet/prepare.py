@@ -25,10 +25,10 @@ from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 
 from sprint.checkpoint import write_text
-from sprint.images import ImageFolder, find_images, to_unit
-from sprint.latents import write_index, write_repa, write_repa_labels, write_shard
-from sprint.parallel import leave
-from sprint.teacher import Teacher
+from sprint.data.images import ImageFolder, find_images, to_unit
+from sprint.data.latents import write_index, write_repa, write_repa_labels, write_shard
+from sprint.data.teacher import Teacher
+from sprint.training.parallel import leave
 
 STORED = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
 

@@ -15,8 +15,8 @@ from weights import from_state, load
 
 import sprint
 from sprint.checkpoint import load_weights
-from sprint.order import seed_of
-from sprint.parallel import distribute, full_state, load_full_state
+from sprint.training.order import seed_of
+from sprint.training.parallel import distribute, full_state, load_full_state
 
 # Options that may change when a run goes on; another value of any other one makes it another run.
 FREE = {
@@ -38,10 +38,10 @@ def precision(config: Config) -> torch.dtype | None:
     return torch.bfloat16 if config.mixed_precision == "bf16" else None
 
 
-def build(config: Config, data: sprint.LatentDataset, repa_dim: int | None, device: torch.device) -> "Run":
+def build(config: Config, data: sprint.data.LatentDataset, repa_dim: int | None, device: torch.device) -> "Run":
     """Model, average and optimizer, over all processes."""
     sit, dtype = config.sit(channels=data.shape[0] // 2, repa_dim=repa_dim), precision(config)
-    folder = sprint.RunFolder(config.folder, keep=config.checkpoints_total_limit)
+    folder = sprint.training.RunFolder(config.folder, keep=config.checkpoints_total_limit)
     torch.manual_seed(seed_of(config.seed))
     model = sprint.SiT(sit)
     if config.init_from is not None and not folder.steps:
@@ -83,7 +83,7 @@ class Run:
     optimizer: torch.optim.Optimizer
     data: str
     """Fingerprint of the dataset."""
-    folder: sprint.RunFolder
+    folder: sprint.training.RunFolder
 
     def save(self, step: int, window: dict[str, Any], accelerator: Accelerator) -> None:
         """Write everything on the main process, whole or not at all."""

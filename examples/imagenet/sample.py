@@ -27,10 +27,10 @@ from weights import fingerprint, load
 
 import sprint
 from sprint.checkpoint import write_bytes, write_text
-from sprint.images import to_uint8
-from sprint.latents import SCALE
-from sprint.parallel import leave
+from sprint.data.images import to_uint8
+from sprint.data.latents import SCALE
 from sprint.random import normal
+from sprint.training.parallel import leave
 
 GUIDANCE = ["none", "cfg", "pdg", "pdg-same"]
 

@@ -28,11 +28,11 @@ from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 
 import sprint
-from sprint.images import save_grid, to_uint8
-from sprint.order import Batches, DataOrder, seed_of
-from sprint.parallel import leave
+from sprint.data.images import save_grid, to_uint8
+from sprint.data.teacher import Teacher
 from sprint.random import normal
-from sprint.teacher import Teacher
+from sprint.training.order import Batches, DataOrder, seed_of
+from sprint.training.parallel import leave
 
 
 class Objective:
@@ -48,13 +48,13 @@ class Objective:
         )
 
     def __call__(self, model: Any, moments: torch.Tensor, y: torch.Tensor, target: Any = None, *, drop: Any) -> Any:
-        latents = sprint.draw_latents(moments, scale=self.scale)
+        latents = sprint.data.draw_latents(moments, scale=self.scale)
         return self.flow(model, latents, y=y, drop=drop, repa_target=target)
 
 
-def open_data(config: Config) -> sprint.LatentDataset:
+def open_data(config: Config) -> sprint.data.LatentDataset:
     """The prepared latents, if they are those that the configuration is about."""
-    data = sprint.LatentDataset(config.data_dir, aligned=config.representation_align)
+    data = sprint.data.LatentDataset(config.data_dir, aligned=config.representation_align)
     side, channels = data.shape[-1], data.shape[0] // 2
     if config.input_size not in (None, side):
         raise ValueError(f"input_size={config.input_size}, but the latents in {config.data_dir} are {side} wide")
@@ -76,7 +76,9 @@ def open_data(config: Config) -> sprint.LatentDataset:
     return data
 
 
-def build_teacher(config: Config, data: sprint.LatentDataset, device: torch.device) -> tuple[Teacher | None, int | None]:
+def build_teacher(
+    config: Config, data: sprint.data.LatentDataset, device: torch.device
+) -> tuple[Teacher | None, int | None]:
     """REPA's teacher, unless its features were prepared; and their width."""
     if not config.representation_align:
         return None, None
@@ -100,7 +102,7 @@ def build_vae(config: Config, channels: int, device: torch.device) -> Any:
     return vae.to(device).eval()
 
 
-def token_grid(config: Config, data: sprint.LatentDataset) -> tuple[int, int]:
+def token_grid(config: Config, data: sprint.data.LatentDataset) -> tuple[int, int]:
     """(rows, columns) of the tokens."""
     return data.shape[-2] // config.patch_size, data.shape[-1] // config.patch_size
 

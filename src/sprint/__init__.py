@@ -3,29 +3,52 @@
 drop = sprint.StructuredDrop(0.75)                                # which tokens the middle blocks see
 out = sprint.FlowMatchingLoss()(model, images, y=labels, drop=drop)
 images = sprint.sample(model, noise, y=labels, guidance=sprint.PathDropGuidance(2.0))
+
+These names are what users compose. The rest is reached through its room: `sprint.data.LatentDataset`,
+`sprint.training.RunFolder`, `sprint.diffusers.from_pretrained`.
 """
 
+from typing import TYPE_CHECKING, Any
+
+from sprint import capture, checkpoint, costs, data, flow, hosts, kernels, middle, models, random, training
+from sprint.capture import CapturedModel
 from sprint.checkpoint import load_state, save_state
-from sprint.config import SiTConfig
-from sprint.costs import Cost, cost
-from sprint.counting import PathCost
-from sprint.drop import Drop, RandomDrop, StructuredDrop
-from sprint.flow import FlowMatchingLoss, LogNormalTime, LossOutput, ShiftedTime, UniformTime, repa_loss
-from sprint.fusion import MaskRestore, SparseDenseResidual, TokenRouting
-from sprint.guidance import ClassifierFreeGuidance, PathDropGuidance, SparseGuidance
-from sprint.hardware import Hardware
-from sprint.hosts import Blocks, Host, Report, Table, check, path, register, registered, unwrap, wrap
-from sprint.inference import CapturedModel
-from sprint.interpolants import CosineInterpolant, DDPMInterpolant, Interpolant, LinearInterpolant
-from sprint.latents import LatentDataset, draw_latents
-from sprint.middle import SparseMiddle
-from sprint.optim import AdamW
-from sprint.runs import RunFolder
-from sprint.sampling import Euler, EulerMaruyama, Heun, State, sample, trajectory
-from sprint.schedule import Stage, TwoStage
-from sprint.sit import SiT
-from sprint.step import StepOutput, TrainStep
-from sprint.tokens import TokenSubset
+from sprint.costs import Hardware, cost
+from sprint.flow import (
+    ClassifierFreeGuidance,
+    CosineInterpolant,
+    DDPMInterpolant,
+    Euler,
+    EulerMaruyama,
+    FlowMatchingLoss,
+    Heun,
+    Interpolant,
+    LinearInterpolant,
+    LogNormalTime,
+    PathDropGuidance,
+    ShiftedTime,
+    SparseGuidance,
+    UniformTime,
+    repa_loss,
+    sample,
+    trajectory,
+)
+from sprint.hosts import Blocks, Host, Table, check, path, register, unwrap, wrap
+from sprint.middle import (
+    Drop,
+    MaskRestore,
+    RandomDrop,
+    SparseDenseResidual,
+    SparseMiddle,
+    StructuredDrop,
+    TokenRouting,
+    TokenSubset,
+)
+from sprint.models import SiT, SiTConfig
+from sprint.training import AdamW, TrainStep
+
+if TYPE_CHECKING:
+    from sprint import diffusers
 
 __version__ = "0.1.0"
 
@@ -35,7 +58,6 @@ __all__ = [
     "CapturedModel",
     "ClassifierFreeGuidance",
     "CosineInterpolant",
-    "Cost",
     "DDPMInterpolant",
     "Drop",
     "Euler",
@@ -45,43 +67,52 @@ __all__ = [
     "Heun",
     "Host",
     "Interpolant",
-    "LatentDataset",
     "LinearInterpolant",
     "LogNormalTime",
-    "LossOutput",
     "MaskRestore",
-    "PathCost",
     "PathDropGuidance",
     "RandomDrop",
-    "Report",
-    "RunFolder",
     "ShiftedTime",
     "SiT",
     "SiTConfig",
     "SparseDenseResidual",
     "SparseGuidance",
     "SparseMiddle",
-    "Stage",
-    "State",
-    "StepOutput",
     "StructuredDrop",
     "Table",
     "TokenRouting",
     "TokenSubset",
     "TrainStep",
-    "TwoStage",
     "UniformTime",
+    "capture",
     "check",
+    "checkpoint",
     "cost",
-    "draw_latents",
+    "costs",
+    "data",
+    "diffusers",
+    "flow",
+    "hosts",
+    "kernels",
     "load_state",
+    "middle",
+    "models",
     "path",
+    "random",
     "register",
-    "registered",
     "repa_loss",
     "sample",
     "save_state",
+    "training",
     "trajectory",
     "unwrap",
     "wrap",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    if name == "diffusers":  # an extra, loaded when it is used
+        import importlib
+
+        return importlib.import_module("sprint.diffusers")
+    raise AttributeError(f"module 'sprint' has no attribute {name!r}")

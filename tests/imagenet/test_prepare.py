@@ -12,8 +12,8 @@ import small
 import torch
 from PIL import Image
 
-from sprint import LatentDataset, draw_latents
-from sprint.images import ImageFolder, center_crop, find_images, to_unit
+from sprint.data import LatentDataset, draw_latents
+from sprint.data.images import ImageFolder, center_crop, find_images, to_unit
 
 pytest.importorskip("diffusers")
 
@@ -146,7 +146,7 @@ def test_features_of_a_teacher_are_kept(folder, tmp_path):
     timm = pytest.importorskip("timm")
     from safetensors.torch import save_file
 
-    from sprint.teacher import Teacher
+    from sprint.data.teacher import Teacher
 
     name, weights = "vit_tiny_patch16_224", tmp_path / "vit.safetensors"
     save_file(timm.create_model(name, num_classes=0, img_size=128).state_dict(), weights)

@@ -8,7 +8,7 @@ from models import tiny
 from PIL import Image
 
 import sprint
-from sprint.images import to_uint8
+from sprint.data.images import to_uint8
 from sprint.random import normal
 
 pytest.importorskip("diffusers")

@@ -21,8 +21,8 @@ from PIL import Image
 from safetensors.torch import load_file
 
 import sprint
-from sprint.latents import write_index, write_shard
-from sprint.order import DataOrder, seed_of
+from sprint.data.latents import write_index, write_shard
+from sprint.training.order import DataOrder, seed_of
 
 pytest.importorskip("accelerate")
 
@@ -90,7 +90,7 @@ def whole(latents, tmp_path_factory):
 
 def test_the_run_is_that_of_a_plain_loop(latents, whole):
     """Data order, draws, both stages with their batches and rates, clip and average, written out."""
-    data, order = sprint.LatentDataset(latents), DataOrder(20, seed=0)
+    data, order = sprint.data.LatentDataset(latents), DataOrder(20, seed=0)
     torch.manual_seed(seed_of(0))
     sizes = {"dim": 32, "heads": 2, "encoder_depth": 1, "middle_depth": 2, "decoder_depth": 1, "num_classes": 3}
     model = sprint.SiT(sprint.SiTConfig(**sizes)).train()
@@ -182,7 +182,7 @@ def test_the_final_model_is_written_again(latents, whole, tmp_path):
 
 def test_a_run_is_of_one_process_and_one_dataset(latents, whole, tmp_path):
     shutil.copytree(whole / "run", tmp_path / "run")
-    run = sprint.RunFolder(tmp_path / "run")
+    run = sprint.training.RunFolder(tmp_path / "run")
     run.lock()
     assert "another process is training in" in train(tmp_path, latents).stderr
     del run

@@ -8,7 +8,7 @@ from architectures import CASES
 
 import sprint
 from sprint import RandomDrop, StructuredDrop
-from sprint.hosts.check import first_tensor
+from sprint.hosts.checking import first_tensor
 
 diffusers = pytest.importorskip("diffusers")
 pytest.importorskip("timm")

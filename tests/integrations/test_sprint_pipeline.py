@@ -13,7 +13,7 @@ from sprint import ClassifierFreeGuidance, PathDropGuidance, StructuredDrop
 
 diffusers = pytest.importorskip("diffusers")
 
-from sprint.pipeline import SprintPipeline  # noqa: E402
+from sprint.diffusers.pipeline import SprintPipeline  # noqa: E402
 
 Y = torch.tensor([1, 2, 3])
 NOISE = torch.randn(3, 4, 8, 8, generator=torch.Generator().manual_seed(0))
@@ -77,7 +77,7 @@ def test_a_fresh_process_loads_what_was_saved(kind, tmp_path):
     pipe.save_pretrained(tmp_path / "pipe")
     call = "(torch.tensor([1, 2, 3]), size=(8, 8), generator=torch.Generator().manual_seed(0), num_inference_steps=2)"
     script = (
-        "import sys, torch\nfrom sprint.pipeline import SprintPipeline\n"
+        "import sys, torch\nfrom sprint.diffusers.pipeline import SprintPipeline\n"
         f"pipe = SprintPipeline.from_pretrained(sys.argv[1] + '/pipe')\ntorch.save(pipe{call}, sys.argv[1] + '/images.pt')"
     )
     run = subprocess.run([sys.executable, "-c", script, tmp_path], capture_output=True, text=True, check=False)

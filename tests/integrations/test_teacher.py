@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from sprint.teacher import DINOV2_B, Teacher
+from sprint.data.teacher import DINOV2_B, Teacher
 
 timm = pytest.importorskip("timm")
 NAME = "vit_tiny_patch16_224"

@@ -1,8 +1,8 @@
 """`wrap`: SPRINT inside a model that you already have, its own `forward` untouched.
 
 The wrapped model is of a subclass with its class's name; parameters, their names, hooks and configuration stay. While
-its `forward` runs, its block lists yield blocks that know their route (`sprint.hosts.route`). The only new parameters
-are the fusion and the mask token, under `sprint.`.
+its `forward` runs, its block lists yield blocks that know their route (`sprint.hosts.mechanism.route`). The only new
+parameters are the fusion and the mask token, under `sprint.`.
 """
 
 import inspect
@@ -10,14 +10,14 @@ from typing import Any, Literal, get_args
 
 from torch import nn
 
-from sprint.drop import Drop
-from sprint.fusion import Init, MaskRestore, SparseDenseResidual, TokenRouting
-from sprint.hosts.bound import BoundList, kind_of
 from sprint.hosts.declare import Host, declaration
-from sprint.hosts.paths import check_drop, check_grid, path
-from sprint.hosts.places import Place, find_places, placed_as, width_of
-from sprint.hosts.state import SprintState, find_wrapped, own_state, state_of
-from sprint.hosts.wrapped import OPTIONS_FILE, Wrapped, class_of_list, class_of_model, unwrapped_class
+from sprint.hosts.mechanism.bound import BoundList, kind_of
+from sprint.hosts.mechanism.paths import check_drop, check_grid, path
+from sprint.hosts.mechanism.places import Place, find_places, placed_as, width_of
+from sprint.hosts.mechanism.state import SprintState, find_wrapped, own_state, state_of
+from sprint.hosts.mechanism.wrapped import OPTIONS_FILE, Wrapped, class_of_list, class_of_model, unwrapped_class
+from sprint.middle.drop import Drop
+from sprint.middle.fusion import Init, MaskRestore, SparseDenseResidual, TokenRouting
 
 __all__ = ["OPTIONS_FILE", "SprintState", "path", "state_of", "unwrap", "wrap"]
 
@@ -43,7 +43,7 @@ def wrap(
     It starts on the full path: nothing is dropped until `sprint.path(model, "sparse")` says so.
 
     Args:
-        model: a registered architecture (`sprint.registered()`), or any model with one list of blocks whose first
+        model: a registered architecture (`sprint.hosts.registered()`), or any model with one list of blocks whose first
             argument and result are the tokens (B, N, C).
         encoder_depth: blocks before the middle, counted over all its lists.
         decoder_depth: blocks after it.

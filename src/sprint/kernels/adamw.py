@@ -1,4 +1,4 @@
-"""The update of AdamW in one pass over memory; its twin is `sprint.optim.update`."""
+"""The update of AdamW in one pass over memory; its twin is `sprint.training.optim.update`."""
 
 from typing import Any
 
@@ -70,7 +70,7 @@ def adamw(
     weight_decay: float,
     average_decay: float,
 ) -> None:
-    """One parameter's update in one pass over memory; arguments as of `sprint.optim.update`, all dense and alike."""
+    """One parameter's update in one pass over memory; arguments as of `sprint.training.optim.update`, dense and alike."""
     count = parameter.numel()
     grid = (triton.cdiv(count, BLOCK),)
     launch: Any = _adamw[grid]

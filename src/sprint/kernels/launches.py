@@ -4,9 +4,9 @@
     gate_and_modulate            x, branch, gate, shift, scale           -> r, y, stats
     norm_and_rotate              qkv, q_weight, k_weight, rope, eps      -> q, k
 
-and the backward pass of each, whose gradients of what tokens share are partial sums. `sprint.fused` differentiates them and
-says what they compute. What an operation returns is made by a function that also tells the compiler its shapes.
-Inputs of another layout are copied; within a SiT none is. Triton is imported at the first launch.
+and the backward pass of each, whose gradients of what tokens share are partial sums. `sprint.kernels.fused`
+differentiates them and says what they compute. What an operation returns is made by a function that also tells the
+compiler its shapes. Inputs of another layout are copied; within a SiT none is. Triton is imported at the first launch.
 """
 
 import torch

@@ -9,7 +9,7 @@
 
 Each tensor of tokens is read once and written once. A program of the backward pass goes through some tokens of one
 sample with the three sums in registers and writes them as partial sums: no atomics, so that equal inputs give equal bits.
-Importing this module needs Triton; `sprint.fused` does so where it launches.
+Importing this module needs Triton; `sprint.kernels.fused` does so where it launches.
 """
 
 from typing import Any

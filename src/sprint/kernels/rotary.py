@@ -7,7 +7,7 @@
 and so for k. Queries and keys are read where the product left them, heads of a token one after another, and written in
 the order (B, N, heads, head_dim), in which attention also returns its output: no copy before `proj`. Values need no work, so
 that they stay where they are; the backward pass collects dq, dk and dv in one packed gradient. Importing this module
-needs Triton; `sprint.fused` does so where it launches.
+needs Triton; `sprint.kernels.fused` does so where it launches.
 """
 
 from typing import Any

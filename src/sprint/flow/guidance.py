@@ -1,0 +1,221 @@
+"""Guidance: extrapolate from a weak prediction to a strong one.
+
+    v = v_weak + w (v_strong − v_weak)          w = 1: the strong prediction alone
+
+Classifier-free guidance (arXiv 2207.12598) runs the whole model twice. Path-Drop Guidance (SPRINT, arXiv 2510.21986) takes
+the shallow path for the weak prediction, where the middle blocks never run.
+
+A guidance is called as `guidance(model, x, t, y)` and returns what the model predicts, so that any sampler can use it. It
+may be applied to predictions of v, x or noise and to drifts alike: all of them are affine in each other at one (x, t).
+"""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Literal, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from sprint.middle.drop import Drop
+
+Weak = Literal["null", "same"]
+
+
+class Guidance(Protocol):
+    """What a guidance is: anything called like this."""
+
+    def __call__(self, model: Callable[..., Any], x: Tensor, t: float, y: Any) -> Tensor:
+        """Predict at x (B, *) and time t, with condition y."""
+        ...
+
+
+def guide(weak: Tensor, strong: Tensor, scale: float, *, rescale: float = 0.0) -> Tensor:
+    """`weak + scale (strong − weak)`, its standard deviation moved towards that of `strong`.
+
+    Args:
+        weak: (B, *).
+        strong: (B, *).
+        scale: w; 1 gives `strong`.
+        rescale: 0 leaves the result as it is, 1 gives each sample the standard deviation of `strong`, against
+            overexposure at high scales (arXiv 2305.08891, equations 14 to 16).
+
+    Examples:
+        >>> guide(torch.tensor(1.0), torch.tensor(2.0), 3.0)
+        tensor(4.)
+    """
+    guided = weak + scale * (strong - weak)
+    if rescale == 0:
+        return guided
+    dims = tuple(range(1, guided.ndim))
+    before, after = guided.std(dims, keepdim=True), strong.std(dims, keepdim=True)
+    factor = torch.where(before > 0, after / before.clamp_min(torch.finfo(before.dtype).tiny), 1.0)  # constant: as it is
+    return guided * (1 - rescale + rescale * factor)
+
+
+def predict(model: Callable[..., Any], x: Tensor, t: float, y: Any, **options: Any) -> Any:
+    """Call a model at one time for the whole batch; the model gets t as (B,) in at least float32."""
+    times = torch.full((len(x),), t, device=x.device, dtype=torch.promote_types(x.dtype, torch.float32))
+    return model(x, times, **options) if y is None else model(x, times, y, **options)
+
+
+@dataclass(frozen=True, eq=False)  # null may be a tensor, which has no single truth value
+class ClassifierFreeGuidance:
+    """Guidance whose weak prediction is the whole model with the null condition.
+
+    Args:
+        scale: w; 1 is off and calls the model once.
+        interval: guide only while low <= t <= high (arXiv 2404.07724), with t = 0 data and 1 noise.
+        null: null condition, (B, *) or (1, *), or whatever the model takes as y; by default `model.null_condition(B)`.
+        rescale: 0 to 1, as in `guide`.
+    """
+
+    scale: float
+    interval: tuple[float, float] = (0.0, 1.0)
+    null: Any = None
+    rescale: float = 0.0
+
+    def __post_init__(self) -> None:
+        _check(self.scale, self.interval, self.rescale)
+
+    def __call__(self, model: Callable[..., Any], x: Tensor, t: float, y: Any) -> Tensor:
+        """Guided prediction at x (B, *) and time t with condition y.
+
+        Raises:
+            ValueError: no condition to guide towards, or no null condition to guide away from.
+        """
+        if not _acts(self.scale, self.interval, t):
+            return predict(model, x, t, y)
+        null = _null(model, self.null, y, len(x))
+        return guide(predict(model, x, t, null), predict(model, x, t, y), self.scale, rescale=self.rescale)
+
+
+@dataclass(frozen=True, eq=False)
+class PathDropGuidance:
+    """Guidance whose weak prediction takes the shallow path: encoder, mask token, decoder (SPRINT, Path-Drop Guidance).
+
+    Args:
+        scale: w; 1 is off and calls the model once. The paper uses 3.0 for its ImageNet models; the best scale differs
+            from model to model, so sweep it.
+        interval: guide only while low <= t <= high, with t = 0 data and 1 noise.
+        weak: condition of the weak prediction: "null" as in the paper, or "same", which needs no null condition and lets a
+            `SiT` run its encoder once for both predictions (28 + 2 blocks for XL/2 instead of 28 + 4).
+        null: as in `ClassifierFreeGuidance`.
+        rescale: 0 to 1, as in `guide`.
+    """
+
+    scale: float
+    interval: tuple[float, float] = (0.0, 1.0)
+    weak: Weak = "null"
+    null: Any = None
+    rescale: float = 0.0
+
+    def __post_init__(self) -> None:
+        _check(self.scale, self.interval, self.rescale)
+        if self.weak not in ("null", "same"):
+            raise ValueError(f"weak must be 'null' or 'same', got {self.weak!r}")
+        if self.weak == "same" and self.null is not None:
+            raise ValueError("weak='same' uses no null condition: leave null out, or choose weak='null'")
+
+    def __call__(self, model: Callable[..., Any], x: Tensor, t: float, y: Any) -> Tensor:
+        """Guided prediction at x (B, *) and time t with condition y.
+
+        Raises:
+            ValueError: the model has no sparse middle, or as for `ClassifierFreeGuidance`.
+        """
+        if not _acts(self.scale, self.interval, t):
+            return predict(model, x, t, y)
+        middle = _middle(model)
+        if self.weak == "same" and getattr(unwrapped(model), "shares_encoder", False):
+            strong, weak = predict(model, x, t, y, path="both")
+            return guide(weak, strong, self.scale, rescale=self.rescale)
+        condition = y if self.weak == "same" else _null(model, self.null, y, len(x))
+        strong = predict(model, x, t, y)
+        with middle.routed(path="shallow"):
+            return guide(predict(model, x, t, condition), strong, self.scale, rescale=self.rescale)
+
+
+@dataclass(frozen=True, eq=False)
+class SparseGuidance:
+    """Guidance whose weak prediction runs with most tokens dropped, same condition (Sparse Guidance, arXiv 2601.01608).
+
+    Args:
+        scale: w; 1 is off and calls the model once.
+        drop: drop sampler of the weak prediction.
+        interval: guide only while low <= t <= high, with t = 0 data and 1 noise.
+        rescale: 0 to 1, as in `guide`.
+        generator: for the draws.
+    """
+
+    scale: float
+    drop: Drop
+    interval: tuple[float, float] = (0.0, 1.0)
+    rescale: float = 0.0
+    generator: torch.Generator | None = None
+
+    def __post_init__(self) -> None:
+        _check(self.scale, self.interval, self.rescale)
+
+    def __call__(self, model: Callable[..., Any], x: Tensor, t: float, y: Any) -> Tensor:
+        """Guided prediction at x (B, *) and time t with condition y.
+
+        Raises:
+            ValueError: the model has no sparse middle.
+        """
+        if not _acts(self.scale, self.interval, t):
+            return predict(model, x, t, y)
+        part, host = _middle(model), unwrapped(model)
+        strong = predict(model, x, t, y)
+        route: dict[str, Any] = {"drop": self.drop, "generator": self.generator}
+        if hasattr(host, "token_grid"):  # our SiT takes the subset, a wrapped model draws it when it knows its tokens
+            grid = host.token_grid(x)
+            route = {"subset": self.drop.sample(len(x), grid, device=x.device, generator=self.generator)}
+        with part.routed(path="sparse", **route):
+            return guide(predict(model, x, t, y), strong, self.scale, rescale=self.rescale)
+
+
+def unwrapped(model: Any) -> Any:
+    """The model inside DistributedDataParallel or `torch.compile`, or the model itself."""
+    while (
+        isinstance(model, nn.Module) and (inner := getattr(model, "_orig_mod", getattr(model, "module", None))) is not None
+    ):
+        model = inner
+    return model
+
+
+def _acts(scale: float, interval: tuple[float, float], t: float) -> bool:
+    return scale != 1 and interval[0] <= t <= interval[1]
+
+
+def _null(model: Any, null: Any, y: Any, batch: int) -> Any:
+    if y is None:
+        raise ValueError("guidance needs a condition to guide towards: pass y, or sample without guidance")
+    if null is None:
+        host = unwrapped(model)
+        if not hasattr(host, "null_condition"):
+            raise ValueError(f"{type(host).__name__} has no null_condition(batch): pass null=… to the guidance")
+        return host.null_condition(batch)
+    return null.expand(batch, *null.shape[1:]) if isinstance(null, Tensor) and null.ndim and len(null) == 1 else null
+
+
+def _middle(model: Any) -> Any:
+    """The part of a model whose path can be chosen: its `SparseMiddle`, or all of a wrapped model."""
+    host = unwrapped(model)
+    modules = host.modules() if isinstance(host, nn.Module) else ()
+    found = [module for module in modules if hasattr(type(module), "routed")]  # PEFT's modules pass attributes on
+    if len(found) != 1:
+        raise ValueError(
+            f"Path-Drop Guidance needs a model with one SparseMiddle, or a wrapped one, "
+            f"{type(host).__name__} has {len(found)}: "
+            "use ClassifierFreeGuidance for a model without a shallow path"
+        )
+    return found[0]
+
+
+def _check(scale: float, interval: tuple[float, float], rescale: float) -> None:
+    if not math.isfinite(scale):
+        raise ValueError(f"scale must be a finite number, 1 for off, got {scale}")
+    if not 0 <= rescale <= 1:
+        raise ValueError(f"rescale must be from 0 (off) to 1, got {rescale}")
+    if len(interval) != 2 or not 0 <= interval[0] <= interval[1] <= 1:
+        raise ValueError(f"interval must be (low, high) with 0 <= low <= high <= 1 (0 data, 1 noise), got {interval}")

@@ -1,0 +1,252 @@
+"""Flow matching: the distribution of training times, and the loss.
+
+    loss = mean |v_θ(x_t, t, y) − v|²        x_t, v: see `sprint.flow.interpolants`
+
+The log-normal time is EDM's noise level, σ/α = exp(N(0, 1)) (arXiv 2206.00364), as SPRINT (arXiv 2510.21986) trains with.
+"""
+
+from contextlib import nullcontext
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from sprint.flow.interpolants import Interpolant, Prediction, check_prediction, get_interpolant
+from sprint.middle.drop import Drop
+from sprint.middle.tokens import TokenSubset
+from sprint.random import Device, normal, uniform
+
+
+class Time(Protocol):
+    """What a time distribution is: anything that draws t (B,) in [0, 1]."""
+
+    def __call__(
+        self, batch: int, interpolant: Interpolant, *, device: Device = None, generator: torch.Generator | None = None
+    ) -> Tensor:
+        """Draw t, (B,), float32."""
+        ...
+
+
+@dataclass(frozen=True)
+class UniformTime:
+    """t uniform on [0, 1)."""
+
+    def __call__(
+        self, batch: int, interpolant: Interpolant, *, device: Device = None, generator: torch.Generator | None = None
+    ) -> Tensor:
+        """Draw t, (B,), float32."""
+        return uniform((batch,), device=device, generator=generator)
+
+
+@dataclass(frozen=True)
+class LogNormalTime:
+    """Noise-to-signal ratio σ/α = exp(N(mean, std)); with the linear interpolant t is logit-normal (SPRINT, training).
+
+    Args:
+        mean: of log(σ/α).
+        std: of log(σ/α), positive.
+    """
+
+    mean: float = 0.0
+    std: float = 1.0
+
+    def __post_init__(self) -> None:
+        if not self.std > 0:
+            raise ValueError(f"std must be positive, got {self.std}")
+
+    def __call__(
+        self, batch: int, interpolant: Interpolant, *, device: Device = None, generator: torch.Generator | None = None
+    ) -> Tensor:
+        """Draw t, (B,), float32."""
+        draw = normal((batch,), device=device, generator=generator)
+        return interpolant.time_at(torch.exp(self.mean + self.std * draw))
+
+
+@dataclass(frozen=True)
+class ShiftedTime:
+    """Another distribution moved towards noise, `t -> s t / (1 + (s − 1) t)` (SD3, arXiv 2403.03206, resolution shift).
+
+    Args:
+        shift: s, positive; 1 changes nothing, more means noisier. SD3 takes sqrt(tokens / base tokens).
+        base: the distribution that is moved.
+    """
+
+    shift: float
+    base: Time = UniformTime()
+
+    def __post_init__(self) -> None:
+        if not self.shift > 0:
+            raise ValueError(f"shift must be positive, got {self.shift}: 1 changes nothing, more means noisier")
+
+    def __call__(
+        self, batch: int, interpolant: Interpolant, *, device: Device = None, generator: torch.Generator | None = None
+    ) -> Tensor:
+        """Draw t, (B,), float32."""
+        t = self.base(batch, interpolant, device=device, generator=generator)
+        return self.shift * t / (1 + (self.shift - 1) * t)
+
+
+TIMES: dict[str, Time] = {"uniform": UniformTime(), "lognormal": LogNormalTime()}
+
+
+@dataclass(frozen=True)
+class LossOutput:
+    """What `FlowMatchingLoss` returns."""
+
+    loss: Tensor
+    """To call `backward` on: mean of `per_sample`, plus `repa_weight * repa` if there is REPA; scalar."""
+    per_sample: Tensor
+    """Mean squared error of the velocity of each sample, (B,), detached."""
+    t: Tensor
+    """Times, (B,)."""
+    repa: Tensor | None
+    """REPA term before weighting, scalar in [-1, 1], detached; None without a teacher."""
+    subset: TokenSubset | None
+    """Tokens that the middle saw; None for all."""
+
+
+class FlowMatchingLoss:
+    """Mean squared error of the velocity at a random time, with optional token dropping and REPA.
+
+    Args:
+        interpolant: "linear", "cosine", "ddpm", or an `Interpolant`.
+        time: "uniform", "lognormal", or a distribution such as `ShiftedTime(3.0)`.
+        prediction: what the model predicts: "v", or "x" or "noise", which are converted exactly, so that the loss is the
+            velocity's in each case ("x" needs t > 0, "noise" needs t < 1; a time at that end gives an infinite loss).
+        repa_weight: coefficient of the REPA term (0.5 in REPA, arXiv 2410.06940, and in SPRINT).
+
+    Examples:
+        >>> from sprint import SiT, StructuredDrop
+        >>> model = SiT.preset("S/2", middle_depth=1, num_classes=10)
+        >>> out = FlowMatchingLoss()(model, torch.randn(2, 4, 8, 8), y=torch.tensor([3, 7]), drop=StructuredDrop(0.75))
+        >>> out.loss.ndim, out.per_sample.shape, out.subset.num_kept
+        (0, torch.Size([2]), 4)
+    """
+
+    def __init__(
+        self,
+        *,
+        interpolant: str | Interpolant = "linear",
+        time: str | Time = "lognormal",
+        prediction: Prediction = "v",
+        repa_weight: float = 0.5,
+    ) -> None:
+        if isinstance(time, str) and time not in TIMES:
+            raise ValueError(f"unknown time {time!r}: choose one of {', '.join(TIMES)}, or pass a distribution")
+        check_prediction(prediction)
+        self.interpolant = get_interpolant(interpolant)
+        self.time: Time = TIMES[time] if isinstance(time, str) else time
+        self.prediction: Prediction = prediction
+        self.repa_weight = repa_weight
+
+    def __call__(
+        self,
+        model: Any,
+        x0: Tensor,
+        *,
+        y: Any = None,
+        drop: Drop | None = None,
+        repa_target: Tensor | None = None,
+        t: Tensor | None = None,
+        noise: Tensor | None = None,
+        generator: torch.Generator | None = None,
+    ) -> LossOutput:
+        """Compute the loss of one batch.
+
+        Args:
+            model: called as `model(x, t)`, or `model(x, t, y)` with a condition, plus `subset=` with a drop sampler and
+                `repa=True` with a teacher. With either, or with a generator, it is a `SiT` or has its interface.
+            x0: data, (B, *), floating point.
+            y: condition, passed on.
+            drop: draws the tokens that the middle sees; None shows it all (second stage, or a dense model).
+            repa_target: teacher features of all tokens, (B, N, D), row-major over the token grid.
+            t: times, (B,), instead of drawn ones.
+            noise: (B, *) like x0, instead of drawn noise.
+            generator: for all draws, also the model's label-drop and path-drop if it is a SPRINT model.
+
+        Returns:
+            Named results; `.loss` is the one to differentiate.
+
+        Raises:
+            ValueError: shapes that do not fit, or a drop sampler for a model without a token grid.
+            TypeError: x0 is not floating point.
+        """
+        host = getattr(model, "module", model)  # a DDP wrapper keeps the model there
+        ours = hasattr(host, "token_grid")
+        wrapped = not ours and hasattr(host, "routed")  # by sprint.wrap: it draws the subset itself
+        check_prediction(self.prediction, host)
+        _check_call(x0, drop, repa_target, host=type(host).__name__, drops=ours or wrapped, aligns=ours)
+        if t is None:
+            t = self.time(len(x0), self.interpolant, device=x0.device, generator=generator)
+        elif t.shape != x0.shape[:1]:
+            raise ValueError(f"t must be ({len(x0)},), one time per sample, got {tuple(t.shape)}")
+        if noise is None:
+            noise = normal(x0.shape, device=x0.device, dtype=x0.dtype, generator=generator)
+        elif noise.shape != x0.shape:
+            raise ValueError(f"noise must be {tuple(x0.shape)} like x0, got {tuple(noise.shape)}")
+
+        options: dict[str, Any] = {}
+        subset = None
+        route: Any = nullcontext()
+        if drop is not None and wrapped:
+            route = host.routed(path="sparse", drop=drop, generator=generator)
+        elif drop is not None:
+            subset = drop.sample(len(x0), host.token_grid(x0), device=x0.device, generator=generator)
+            options["subset"] = subset
+        if repa_target is not None:
+            options["repa"] = True
+        if generator is not None and ours:
+            options["generator"] = generator
+
+        wide = t.to(torch.promote_types(x0.dtype, torch.float32))
+        x = self.interpolant.interpolate(x0, noise, wide)
+        with route:
+            output = model(x.to(x0.dtype), t, **options) if y is None else model(x.to(x0.dtype), t, y, **options)
+        prediction = output.v if repa_target is not None else output
+        if prediction.shape != x0.shape:
+            raise ValueError(f"the model returned {tuple(prediction.shape)}, expected {tuple(x0.shape)} like x0")
+        v = self.interpolant.to_velocity(prediction.to(x.dtype), x, wide, kind=self.prediction)
+        error = (v - self.interpolant.velocity(x0, noise, wide)).square().flatten(1).mean(1)  # (B,)
+        loss, repa = error.mean(), None
+        if repa_target is not None:
+            seen = repa_target if output.repa_subset is None else output.repa_subset.gather(repa_target)
+            repa = repa_loss(output.repa, seen)
+            loss = loss + self.repa_weight * repa
+        return LossOutput(loss, error.detach(), t, None if repa is None else repa.detach(), subset)
+
+
+def _check_call(x0: Tensor, drop: Any, repa_target: Tensor | None, *, host: str, drops: bool, aligns: bool) -> None:
+    if not x0.is_floating_point():
+        raise TypeError(f"x0 must be floating point, got {x0.dtype}: scale images to [-1, 1] first")
+    if drop is not None and not hasattr(drop, "sample"):
+        raise TypeError(f"drop must be a drop sampler such as StructuredDrop(0.75), got {drop!r}")
+    if drop is not None and not drops:
+        raise ValueError(
+            f"drop was given, but {host} has no token_grid, so it cannot drop tokens: use sprint.SiT or sprint.wrap"
+        )
+    if repa_target is not None and not aligns:
+        raise ValueError(f"repa_target was given, but {host} returns no projected tokens: use sprint.SiT with repa_dim")
+
+
+def repa_loss(features: Tensor, target: Tensor) -> Tensor:
+    """Minus the mean cosine similarity of projected tokens and teacher features (REPA, arXiv 2410.06940, equation 8).
+
+    Args:
+        features: projected tokens, (B, N, D).
+        target: teacher features of the same tokens, (B, N, D); no gradient flows into them.
+
+    Returns:
+        Scalar in [-1, 1].
+
+    Raises:
+        ValueError: shapes differ.
+    """
+    if features.shape != target.shape:
+        raise ValueError(
+            f"teacher features are {tuple(target.shape)}, the model's projected tokens {tuple(features.shape)}: "
+            "give one feature per token of the grid, row-major, as wide as repa_dim"
+        )
+    wide = torch.promote_types(features.dtype, torch.float32)
+    return -F.cosine_similarity(features.to(wide), target.detach().to(wide), dim=-1).mean()

@@ -1,0 +1,297 @@
+"""Sampling: integrate a velocity from noise (t = 1) to data (t = 0).
+
+The loop is written once; a solver is a time grid and a step. ODE: `dx = v dt`. SDE (SiT, arXiv 2401.08740): drift
+`v − w(t)/2 score` and noise `sqrt(w(t))`, with w(t) = 2t, whose marginals are those of the ODE.
+"""
+
+import math
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import Any, NamedTuple, Protocol
+
+import torch
+from torch import Tensor
+
+from sprint.flow.guidance import Guidance, predict, unwrapped
+from sprint.flow.interpolants import Interpolant, Prediction, check_prediction, get_interpolant
+from sprint.random import Generators, normal
+
+Velocity = Callable[[Tensor, float], Tensor]
+
+LAST_NOISE_TIME = 1e-3  # a noise prediction says nothing about the data at t = 1: start this much later
+
+
+class Solver(Protocol):
+    """What a solver is: anything with these two methods."""
+
+    def times(self, steps: int) -> list[float]:
+        """steps + 1 decreasing times from 1 to 0."""
+        ...
+
+    def step(
+        self,
+        velocity: Velocity,
+        x: Tensor,
+        t: float,
+        t_next: float,
+        *,
+        interpolant: Interpolant,
+        generator: Generators,
+    ) -> Tensor:
+        """The state at t_next, given the state x (B, *) at t."""
+        ...
+
+
+class Euler:
+    """First order, one evaluation per step; the paper's ODE sampler."""
+
+    def times(self, steps: int) -> list[float]:
+        """Uniform grid from 1 to 0."""
+        return torch.linspace(1, 0, steps + 1, dtype=torch.float64).tolist()
+
+    def step(
+        self,
+        velocity: Velocity,
+        x: Tensor,
+        t: float,
+        t_next: float,
+        *,
+        interpolant: Interpolant,
+        generator: Generators,
+    ) -> Tensor:
+        """`x + (t' − t) v(x, t)`."""
+        return x + (t_next - t) * velocity(x, t)
+
+
+class Heun(Euler):
+    """Second order, two evaluations per step; the step that arrives at t = 0 is Euler's, as in EDM (arXiv 2206.00364)."""
+
+    def step(
+        self,
+        velocity: Velocity,
+        x: Tensor,
+        t: float,
+        t_next: float,
+        *,
+        interpolant: Interpolant,
+        generator: Generators,
+    ) -> Tensor:
+        """`x + (t' − t) (v(x, t) + v(x', t')) / 2`, x' being Euler's step."""
+        first = velocity(x, t)
+        if t_next == 0:
+            return x + (t_next - t) * first
+        second = velocity(x + (t_next - t) * first, t_next)
+        return x + (t_next - t) * (first + second) / 2
+
+
+@dataclass(frozen=True)
+class EulerMaruyama:
+    """The paper's SDE sampler, diffusion w(t) = 2t; the step that arrives at t = 0 adds no noise.
+
+    Args:
+        last: time at which noise stops, in (0, 1); the last step goes from there to 0.
+    """
+
+    last: float = 0.04
+
+    def __post_init__(self) -> None:
+        if not 0 < self.last < 1:
+            raise ValueError(f"last must lie between 0 and 1, got {self.last}")
+
+    def times(self, steps: int) -> list[float]:
+        """`linspace(1, last, steps)`, then 0."""
+        if steps < 2:
+            raise ValueError(f"the SDE solver needs at least 2 steps, got {steps}")
+        return [*torch.linspace(1, self.last, steps, dtype=torch.float64).tolist(), 0.0]
+
+    def step(
+        self,
+        velocity: Velocity,
+        x: Tensor,
+        t: float,
+        t_next: float,
+        *,
+        interpolant: Interpolant,
+        generator: Generators,
+    ) -> Tensor:
+        """`x + (t' − t) (v − w/2 score) + sqrt(w |t' − t|) ε`."""
+        w = 2 * t
+        v = velocity(x, t)
+        drift = v - w / 2 * interpolant.score(v, x, torch.tensor(t, dtype=torch.float64))
+        x = x + (t_next - t) * drift
+        if t_next > 0:
+            x = x + math.sqrt(w * (t - t_next)) * normal(x.shape, device=x.device, dtype=x.dtype, generator=generator)
+        return x
+
+
+SOLVERS: dict[str, Solver] = {"euler": Euler(), "heun": Heun(), "sde": EulerMaruyama()}
+
+
+class State(NamedTuple):
+    """A point of a trajectory."""
+
+    step: int
+    """Steps taken."""
+    t: float
+    """Time reached."""
+    x: Tensor
+    """(B, *), of the state's dtype."""
+
+
+def trajectory(
+    model: Callable[..., Any],
+    noise: Tensor,
+    *,
+    y: Any = None,
+    guidance: Guidance | None = None,
+    solver: str | Solver = "euler",
+    steps: int = 50,
+    times: Sequence[float] | None = None,
+    interpolant: str | Interpolant = "linear",
+    prediction: Prediction = "v",
+    generator: Generators = None,
+    progress: bool = False,
+    state_dtype: torch.dtype = torch.float64,
+) -> Iterator[State]:
+    """Yield every state from the noise (step 0) to the sample; for arguments see `sample`.
+
+    Examples:
+        >>> [(s.step, round(s.t, 2)) for s in trajectory(lambda x, t: x, torch.ones(1, 2), steps=2)]
+        [(0, 1.0), (1, 0.5), (2, 0.0)]
+    """
+    if isinstance(solver, str) and solver not in SOLVERS:
+        raise ValueError(f"unknown solver {solver!r}: choose one of {', '.join(SOLVERS)}, or pass a Solver")
+    if isinstance(steps, float) or steps < 1:
+        raise ValueError(f"steps must be a whole number, at least 1, got {steps}")
+    if guidance is not None and not callable(guidance):
+        raise TypeError(f"guidance must be one like ClassifierFreeGuidance({guidance!r}), got {guidance!r}")
+    if not noise.is_floating_point():
+        raise TypeError(f"noise must be floating point, got {noise.dtype}: draw it with torch.randn")
+    if isinstance(y, Tensor) and len(y) != len(noise):
+        raise ValueError(f"y holds {len(y)} conditions for {len(noise)} samples: give one per sample")
+    host = unwrapped(model)
+    check_prediction(prediction, host)
+    if getattr(model, "training", False):
+        raise ValueError(
+            "the model is in training mode, where labels and paths are dropped at random: call model.eval() first"
+        )
+    if isinstance(y, Tensor) and hasattr(host, "check_condition"):
+        host.check_condition(y)
+    method = SOLVERS[solver] if isinstance(solver, str) else solver
+    between = get_interpolant(interpolant)
+    grid = _grid(method.times(steps) if times is None else times, prediction, given=times is not None)
+
+    def velocity(x: Tensor, t: float) -> Tensor:
+        seen = x.to(noise.dtype)
+        output = predict(model, seen, t, y) if guidance is None else guidance(model, seen, t, y)
+        return between.to_velocity(output.to(x.dtype), x, torch.tensor(t, dtype=torch.float64), kind=prediction)
+
+    def step(x: Tensor, t: float, t_next: float) -> Tensor:
+        return method.step(velocity, x, t, t_next, interpolant=between, generator=generator)
+
+    return _integrate(step, noise.detach().to(state_dtype), grid, progress=progress)
+
+
+def sample(
+    model: Callable[..., Any],
+    noise: Tensor,
+    *,
+    y: Any = None,
+    guidance: Guidance | None = None,
+    solver: str | Solver = "euler",
+    steps: int = 50,
+    times: Sequence[float] | None = None,
+    interpolant: str | Interpolant = "linear",
+    prediction: Prediction = "v",
+    generator: Generators = None,
+    progress: bool = False,
+    state_dtype: torch.dtype = torch.float64,
+) -> Tensor:
+    """Turn noise into samples.
+
+    Args:
+        model: `SiT`, or any function called as `model(x, t, y)`, or `model(x, t)` without a condition; x has the dtype of
+            `noise`, t is (B,). A module must be in `eval()`.
+        noise: state at t = 1, standard normal, (B, *), floating point, on the model's device.
+        y: condition, passed to the model.
+        guidance: `ClassifierFreeGuidance`, `PathDropGuidance` or the like; None for the plain conditional model.
+        solver: "euler", "heun", "sde", or an object with `times` and `step`.
+        steps: at least 1.
+        times: decreasing times from at most 1 to at least 0, instead of the solver's grid for `steps`.
+        interpolant: the one the model was trained with, "linear", "cosine", "ddpm" or an `Interpolant`.
+        prediction: what the model predicts, "v", "x" or "noise". A noise prediction says nothing at t = 1, where the data's
+            weight is 0, so its default grid starts at 0.999.
+        generator: for the noise of the SDE; one, or one per sample, so that no sample depends on its batch.
+        progress: show a progress bar (needs tqdm).
+        state_dtype: of the state between steps; float64 as in the reference.
+
+    Returns:
+        Samples, (B, *), with the dtype of `noise`. No gradient flows; for the states on the way use `trajectory`.
+
+    Raises:
+        ValueError: unknown options, conditions that do not fit, or a model in training mode.
+        TypeError: noise is not floating point.
+
+    Examples:
+        >>> sample(lambda x, t: x, torch.ones(1, 2), steps=2)
+        tensor([[0.2500, 0.2500]])
+    """
+    states = trajectory(
+        model,
+        noise,
+        y=y,
+        guidance=guidance,
+        solver=solver,
+        steps=steps,
+        times=times,
+        interpolant=interpolant,
+        prediction=prediction,
+        generator=generator,
+        progress=progress,
+        state_dtype=state_dtype,
+    )
+    return deque(states, maxlen=1).pop().x.to(noise.dtype)  # only the last one is kept in memory
+
+
+def _integrate(
+    step: Callable[[Tensor, float, float], Tensor], x: Tensor, times: list[float], *, progress: bool
+) -> Iterator[State]:
+    yield State(0, times[0], x)
+    with _bar(len(times) - 1, progress) as bar:
+        for count, (t, t_next) in enumerate(pairwise(times), start=1):
+            with torch.no_grad():  # around the step alone: the caller's own code runs between steps
+                x = step(x, t, t_next)
+            bar.update()
+            yield State(count, t_next, x)
+
+
+def _grid(times: Sequence[float], prediction: Prediction, *, given: bool) -> list[float]:
+    grid = [float(t) for t in times]
+    if len(grid) < 2 or grid[0] > 1 or grid[-1] < 0 or any(a <= b for a, b in pairwise(grid)):
+        raise ValueError(f"times must decrease, from at most 1 (noise) to at least 0 (data), and be 2 or more, got {grid}")
+    if prediction == "noise" and not given:
+        grid[0] = 1 - LAST_NOISE_TIME
+    return grid
+
+
+def _bar(total: int, progress: bool) -> Any:
+    if not progress:
+        return _NoBar()
+    try:
+        from tqdm.auto import tqdm
+    except ImportError as error:
+        raise ImportError("progress=True needs tqdm: pip install tqdm") from error
+    return tqdm(total=total, desc="sampling", unit="step")
+
+
+class _NoBar:
+    def __enter__(self) -> "_NoBar":
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        pass
+
+    def update(self) -> None:
+        pass

@@ -1,0 +1,79 @@
+"""What `wrap` adds to a model, and how it is found behind what holds the model."""
+
+from collections.abc import Mapping
+from typing import Any, Literal
+
+import torch
+from torch import nn
+
+from sprint.hosts.declare import Host
+from sprint.hosts.mechanism.places import Place, by_name
+from sprint.middle.drop import Drop
+from sprint.middle.sparse import Path
+from sprint.middle.tokens import TokenSubset
+
+Chosen = tuple[Path, TokenSubset | None, Drop | None, torch.Generator | None]
+
+
+class SprintState(nn.Module):
+    """What `wrap` adds to a model, at `model.sprint`: the fusion, and where the model's blocks are."""
+
+    def __init__(self, fusion: nn.Module, *, host: Host, declared: bool, parameters: list[str], path_drop: float) -> None:
+        super().__init__()
+        self.fusion = fusion
+        self.host, self.declared, self.parameters_of_forward, self.path_drop = host, declared, parameters, path_drop
+        self.places: list[tuple[Place, int]] = []  # runs of blocks, and the index of the first block of each
+        self.first = self.last = 0  # middle blocks
+        self.drop: Drop | None = None
+        self.checkpoint = False
+        self.options: dict[str, Any] = {}  # of wrap, as far as a file can hold them
+        self.grid: tuple[int, ...] | None = None
+        self.weak_half: Literal["first", "second"] | None = (
+            None  # of a batch of both guidance branches: takes the shallow path
+        )
+        self.weak_ran = False  # a call has taken the shallow path; no count, for which torch.compile would compile each call
+        self.guider_path: Any = None  # the path that a guider of diffusers chose for the call that it prepared
+        self.bypassed = False  # run the host as if it were not wrapped, for `check`
+        self.idle = False  # the middle blocks return what they get, for `check`
+        self.route: Chosen = ("full", None, None, None)
+        self.latest: Chosen = self.route  # of the last forward pass
+
+    def arguments(self, args: tuple, kwargs: Mapping[str, Any]) -> dict[str, Any]:
+        """The arguments of the model's forward by name, in the order of its signature."""
+        given = {**by_name(self.parameters_of_forward, args), **kwargs}
+        return {name: given[name] for name in self.parameters_of_forward if name in given} | given
+
+
+def own_state(model: nn.Module) -> SprintState | None:
+    """The state of this very model, also where PEFT has put its own module around it (modules_to_save)."""
+    state = model._modules.get("sprint")
+    if state is not None and not isinstance(state, SprintState):
+        state = state._modules.get("original_module")
+    return state if isinstance(state, SprintState) else None
+
+
+def find_wrapped(model: Any) -> tuple[Any, SprintState]:
+    """The wrapped model and its state: the model itself, or the one inside of what holds it.
+
+    Raises:
+        ValueError: there is none, or more than one.
+    """
+    host = model
+    while isinstance(host, nn.Module):  # without a walk through all modules for what is common
+        if (state := own_state(host)) is not None:
+            return host, state
+        host = host._modules.get("_orig_mod", host._modules.get("module"))
+    modules = model.modules() if isinstance(model, nn.Module) else ()
+    found = [(module, state) for module in modules if (state := own_state(module)) is not None]
+    if len(found) > 1:
+        raise ValueError(f"this {type(model).__name__} holds {len(found)} wrapped models: pass the one that is meant")
+    if not found:
+        raise ValueError(
+            f"this {type(model).__name__} is not wrapped: model = sprint.wrap(model, drop=sprint.StructuredDrop(0.75))"
+        )
+    return found[0]
+
+
+def state_of(model: Any) -> SprintState:
+    """What `wrap` added, also behind DistributedDataParallel, torch.compile or a PeftModel."""
+    return find_wrapped(model)[1]

@@ -1,0 +1,176 @@
+"""Side inputs with one row per token, gathered with the tokens."""
+
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from sprint.hosts.declare import Stream, Table
+from sprint.middle.tokens import TokenSubset
+
+
+class Rows:
+    """A table without a batch axis, gathered for each sample: (B, K, *) that indexes and broadcasts like the (K, *) it
+    replaces.
+
+    Models lift such a table over the batch themselves, with `table[None, :, None]` or `table.unsqueeze(1)`; here the
+    leading axis that they add is the batch, which is already there. A slice of at least K rows is the whole table.
+    """
+
+    def __init__(self, rows: Tensor) -> None:
+        self.rows = rows
+
+    def __getitem__(self, index: Any) -> Any:
+        index = index if isinstance(index, tuple) else (index,)
+        if index[0] is None:
+            return self.rows[(slice(None), *index[1:])]
+        first = index[0]
+        whole = isinstance(first, slice) and not first.start and first.step in (None, 1)
+        if whole and (first.stop is None or first.stop >= self.rows.shape[1]):
+            return Rows(self.rows[(slice(None), slice(None), *index[1:])])
+        raise TypeError(
+            "a rotary table was indexed in a way that cannot be done with one row set per sample: wrap with a drop sampler "
+            "that is shared by the batch, StructuredDrop(…, shared=True)"
+        )
+
+    @property
+    def shape(self) -> torch.Size:
+        """Of the (K, *) table."""
+        return self.rows.shape[1:]
+
+    def unsqueeze(self, dim: int) -> Tensor:
+        """As of the (K, *) table, with the batch in front; dim 0 adds the batch itself."""
+        return self.rows if dim == 0 else self.rows.unsqueeze(dim + 1 if dim > 0 else dim)
+
+    def to(self, *args: Any, **kwargs: Any) -> "Rows":
+        """As `Tensor.to`."""
+        return Rows(self.rows.to(*args, **kwargs))
+
+
+class GatheredModule:
+    """A module whose tables, buffers with one row per token, are gathered: called like the module."""
+
+    def __init__(self, module: nn.Module, tables: dict[str, Tensor]) -> None:
+        self.module, self.tables = module, tables
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return torch.func.functional_call(self.module, self.tables, args, kwargs)
+
+    def __getattr__(self, name: str) -> Any:
+        tables = self.__dict__.get("tables", {})
+        return tables[name] if name in tables else getattr(self.module, name)
+
+
+def gather_rows(
+    value: Any,
+    tables: Table | tuple[Table, ...],
+    subset: TokenSubset,
+    *,
+    name: str,
+    shared: bool,
+    order: Tensor | None = None,
+) -> Any:
+    """The rows of the kept image tokens and of all text tokens.
+
+    Args:
+        value: a tensor, a tuple or list of them, or a module with tables as buffers; axes of length 1, and tensors with
+            another number of axes than the declaration says, are returned as they are.
+        tables: its declaration; of several, each takes the tensors that it fits.
+        subset: kept tokens of the image.
+        name: what errors call the argument.
+        shared: all samples keep the same tokens, so that a table without a batch stays without one.
+        order: (B, L), for a joint stream whose image is not in one place, the rows of all text and then of the image.
+
+    Raises:
+        ValueError: the rows are fewer than the tokens, or more than an image has.
+        TypeError: neither tensors nor a module.
+    """
+    gathering = _Gathering(subset, name, shared, order)
+    for table in tables if isinstance(tables, tuple) else (tables,):
+        value = gathering.of(value, table)
+    return value
+
+
+@dataclass(frozen=True)
+class _Gathering:
+    subset: TokenSubset
+    name: str
+    shared: bool
+    order: Tensor | None
+
+    def of(self, value: Any, table: Table) -> Any:
+        """The kept rows of whatever holds them."""
+        if isinstance(value, (tuple, list)):
+            chosen = range(len(value)) if table.item is None else (table.item,)
+            plain = replace(table, item=None)
+            return type(value)(self.of(x, plain) if i in chosen else x for i, x in enumerate(value))
+        if isinstance(value, nn.Module):
+            return self._of_module(value, table)
+        if value is None or isinstance(value, Rows):
+            return value
+        if not isinstance(value, Tensor):
+            raise TypeError(
+                f"argument {self.name!r} is a {type(value).__name__}, and a Table is of a tensor, a tuple or list of them, "
+                "or a module with tables as buffers: pass it to the blocks as one of these"
+            )
+        return value if table.ndim not in (None, value.ndim) else self._of_tensor(value, table)
+
+    def _of_tensor(self, value: Tensor, table: Table) -> Any:
+        axes = [axis % value.ndim for axis in (table.dim if isinstance(table.dim, tuple) else (table.dim,))]
+        if all(value.shape[axis] == 1 for axis in axes):
+            return value
+        if table.batched or self.shared:
+            for axis in axes:
+                value = self._along(value, axis, table, axis)
+            return value
+        value = value[None]  # a row set for each sample
+        for axis in axes:
+            value = self._along(value, axis + 1, table, axis)
+        if table.heads:
+            return value.unsqueeze(1)  # (B, 1, K, *)
+        return value if table.broadcast else Rows(value)
+
+    def _along(self, value: Tensor, axis: int, table: Table, declared_axis: int) -> Tensor:
+        subset = self.subset
+        if table.longer and value.shape[axis] > subset.num_tokens:
+            value = value.narrow(axis, 0, subset.num_tokens)
+        rows = value.shape[axis]
+        if rows == 1:
+            return value
+        if rows < subset.num_tokens or (table.stream == "image" and rows != subset.num_tokens):
+            raise ValueError(
+                f"argument {self.name!r} has {rows} rows along axis {declared_axis}, expected {subset.num_tokens} "
+                f"({table.stream}): correct its Table in the declaration"
+            )
+        if table.stream != "image":
+            subset = _with_text(subset, rows, table.stream)
+            if self.order is not None:
+                subset = TokenSubset(self.order.gather(1, subset.keep), rows)
+        if self.shared and not table.batched:
+            return value.index_select(axis, subset.keep[0])
+        return subset.gather(value.movedim(axis, 1)).movedim(1, axis)
+
+    def _of_module(self, module: nn.Module, table: Table) -> GatheredModule:
+        axis = table.dim if isinstance(table.dim, int) else table.dim[0]
+        plain = replace(table, broadcast=True)
+        tables = {
+            key: self.of(value, plain)
+            for key, value in (*module.named_buffers(), *module.named_parameters())
+            if -value.ndim <= axis < value.ndim and value.shape[axis] == self.subset.num_tokens
+        }
+        if not tables:
+            raise ValueError(
+                f"argument {self.name!r} is a {type(module).__name__}, none of whose buffers has {self.subset.num_tokens} "
+                f"rows along axis {axis}: correct its Table in the declaration"
+            )
+        return GatheredModule(module, tables)
+
+
+def _with_text(subset: TokenSubset, rows: int, stream: Stream) -> TokenSubset:
+    """The subset of a joint stream that keeps all text."""
+    texts, batch = rows - subset.num_tokens, len(subset.keep)
+    text = torch.arange(texts, device=subset.keep.device)
+    if stream == "text+image":
+        return TokenSubset(torch.cat([text.expand(batch, -1), subset.keep + texts], dim=1), rows)
+    return TokenSubset(torch.cat([subset.keep, (text + subset.num_tokens).expand(batch, -1)], dim=1), rows)

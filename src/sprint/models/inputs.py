@@ -1,0 +1,77 @@
+"""What a `SiT` accepts: each misfit gives one clear error, before anything is computed."""
+
+import torch
+from torch import Tensor
+
+from sprint.models.config import SiTConfig
+
+
+def check_inputs(config: SiTConfig, x: Tensor, t: Tensor, y: Tensor | None, *, like: Tensor) -> None:
+    """Raise unless x, t and y fit a model of this configuration.
+
+    Values are looked at on the CPU only, outside compiled code: reading them elsewhere would stall the device.
+
+    Args:
+        config: the model's.
+        x: noisy input, (B, in_channels, H, W).
+        t: times, (B,).
+        y: condition.
+        like: a parameter, whose device and dtype the inputs must have.
+
+    Raises:
+        ValueError: ranks, sizes, devices, times or class ids that do not fit.
+        TypeError: dtypes that do not fit.
+    """
+    batch = x.shape[0] if x.ndim else 0
+    p = config.patch_size
+    if x.ndim != 4 or x.shape[1] != config.in_channels or x.shape[2] % p or x.shape[3] % p:
+        raise ValueError(
+            f"x must be (B, {config.in_channels}, H, W) with H and W divisible by the patch size {p}, got {tuple(x.shape)}"
+        )
+    if t.shape != (batch,) or not t.is_floating_point():
+        raise ValueError(f"t must be ({batch},) and floating point, got {tuple(t.shape)} {t.dtype}: one time per sample")
+    _check_condition(config, y, batch)
+    for name, tensor in (("x", x), ("t", t), ("y", y)):
+        if tensor is not None and tensor.device != like.device:
+            raise ValueError(f"{name} is on {tensor.device}, the model on {like.device}: move one with .to(device)")
+    if not x.is_meta and not torch.is_autocast_enabled(x.device.type):
+        for name, tensor in (("x", x), ("y", y)):
+            if tensor is not None and tensor.is_floating_point() and tensor.dtype != like.dtype:
+                raise TypeError(
+                    f"{name} is {tensor.dtype}, the model {like.dtype}: convert one with .to(dtype), or use torch.autocast"
+                )
+    if t.device.type == "cpu" and not torch.compiler.is_compiling():
+        if batch and not 0 <= float(t.detach().min()) <= float(t.detach().max()) <= 1:
+            raise ValueError(
+                f"t holds times from {t.min():g} to {t.max():g}, expected 0 (data) to 1 (noise): "
+                "divide step numbers by their count"
+            )
+        if y is not None:
+            check_classes(config, y)
+
+
+def check_classes(config: SiTConfig, y: Tensor) -> None:
+    """Raise ValueError for class ids out of range, on any device (this waits for the device)."""
+    if config.num_classes is None or y.numel() == 0:
+        return
+    low, high = int(y.min()), int(y.max())
+    if low < 0 or high > config.num_classes:
+        raise ValueError(
+            f"y holds class ids from {low} to {high}, expected 0 to {config.num_classes - 1} "
+            f"(or {config.num_classes}, the null class)"
+        )
+
+
+def _check_condition(config: SiTConfig, y: Tensor | None, batch: int) -> None:
+    if config.num_classes is None and config.cond_dim is None:
+        if y is not None:
+            raise ValueError("this model has no condition: leave y out")
+        return
+    if y is None:
+        raise ValueError("y is missing: pass class ids or vectors, or model.null_condition(batch)")
+    if not isinstance(y, Tensor):
+        raise TypeError(f"y must be a tensor, got {type(y).__name__}: torch.tensor(y)")
+    if config.num_classes is not None and (y.shape != (batch,) or y.dtype != torch.int64):
+        raise ValueError(f"y must be ({batch},) int64 class ids, got {tuple(y.shape)} {y.dtype}")
+    if config.cond_dim is not None and (y.shape != (batch, config.cond_dim) or not y.is_floating_point()):
+        raise ValueError(f"y must be ({batch}, {config.cond_dim}) floating point, got {tuple(y.shape)} {y.dtype}")
