@@ -1,5 +1,8 @@
 """SiT: sizes, grids, conditions, paths, gradients against the written-out twin, compilation, autocast, and bad input."""
 
+import dataclasses
+from typing import get_args
+
 import pytest
 import reference
 import torch
@@ -7,7 +10,7 @@ from models import TINY, tiny
 from torch._dynamo.testing import CompileCounterWithBackend
 
 from sprint import PathDropGuidance, RandomDrop, SiT, SiTConfig, StructuredDrop, TokenSubset
-from sprint.models.config import PRESETS
+from sprint.models.config import PRESETS, Options, Preset
 
 
 def inputs(batch: int = 2, *, size: tuple[int, int] = (8, 8), dtype=torch.float32):
@@ -321,3 +324,9 @@ def test_conditions_that_do_not_fit():
 def test_bad_configuration(options, message):
     with pytest.raises(ValueError, match=message):
         tiny(**options)
+
+
+def test_options_for_completion_are_the_fields_of_the_configuration():
+    hints, fields = Options.__annotations__, {field.name: field.type for field in dataclasses.fields(SiTConfig)}
+    assert hints == fields
+    assert set(get_args(Preset)) == set(PRESETS)

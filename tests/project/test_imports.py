@@ -34,7 +34,7 @@ OPT_IN = {  # loaded where used
     "diffusers": {"diffusers"},
     **{f"kernels.{name}": {"triton"} for name in ("mode", "adamw", "modulation", "rotary")},
 }
-LAZY = {"xformers", "tqdm", "PIL", "timm"}  # imported inside the function that needs them
+LAZY = {"xformers", "tqdm", "PIL", "timm", "typing_extensions"}  # inside the function that needs them, or for types
 
 
 def imports(path: Path) -> list[tuple[str, bool]]:
@@ -145,3 +145,20 @@ def test_an_extra_that_is_missing_is_named():
 def test_every_public_name_is_there_and_documented():
     for name in sprint.__all__:
         assert getattr(sprint, name).__doc__, name
+
+
+def test_objects_print_what_they_are():
+    model, drop = sprint.SiT.preset("S/2", middle_depth=1), sprint.StructuredDrop(0.75)
+    loss = sprint.FlowMatchingLoss(interpolant="cosine", time=sprint.ShiftedTime(3.0))
+    step = sprint.TrainStep(model, loss, sprint.AdamW(model.parameters()), clip=1.0)
+    said = {
+        "StructuredDrop(ratio=0.75": drop,
+        "interpolant=CosineInterpolant(), time=ShiftedTime(": loss,
+        "TrainStep(SiT, FlowMatchingLoss(interpolant=CosineInterpolant()": step,
+        "clip=1.0, accumulate=1, autocast=None; plain on cpu": step,
+        "PathDropGuidance(scale=2.0": sprint.PathDropGuidance(2.0),
+        "CapturedModel(SiT, autocast=None; plain on cpu)": sprint.CapturedModel(model.eval()),
+        "Heun()": sprint.Heun(),
+    }
+    for text, thing in said.items():
+        assert text in repr(thing)

@@ -45,6 +45,10 @@ class CapturedModel(nn.Module):
         torch.Size([2, 4, 8, 8])
     """
 
+    def __repr__(self) -> str:
+        how = "captured in CUDA graphs" if self._graphs is not None else "plain"
+        return f"CapturedModel({type(self.module).__name__}, autocast={self.autocast}; {how} on {self._device})"
+
     def __init__(
         self,
         model: nn.Module,

@@ -29,6 +29,9 @@ class Interpolant(ABC):
     for every t, so each is defined wherever its divisor is.
     """
 
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}()"
+
     @abstractmethod
     def alpha(self, t: Tensor) -> Tensor:
         """Weight of the data."""

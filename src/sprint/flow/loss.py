@@ -141,6 +141,10 @@ class FlowMatchingLoss:
         self.prediction: Prediction = prediction
         self.repa_weight = repa_weight
 
+    def __repr__(self) -> str:
+        parts = f"interpolant={self.interpolant}, time={self.time}, prediction={self.prediction!r}"
+        return f"FlowMatchingLoss({parts}, repa_weight={self.repa_weight})"
+
     def __call__(
         self,
         model: Any,

@@ -47,6 +47,9 @@ class Solver(Protocol):
 class Euler:
     """First order, one evaluation per step; the paper's ODE sampler."""
 
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}()"
+
     def times(self, steps: int) -> list[float]:
         """Uniform grid from 1 to 0."""
         return torch.linspace(1, 0, steps + 1, dtype=torch.float64).tolist()

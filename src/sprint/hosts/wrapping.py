@@ -6,7 +6,7 @@ parameters are the fusion and the mask token, under `sprint.`.
 """
 
 import inspect
-from typing import Any, Literal, get_args
+from typing import Any, Literal, TypeVar, get_args
 
 from torch import nn
 
@@ -22,10 +22,11 @@ from sprint.middle.fusion import Init, MaskRestore, SparseDenseResidual, TokenRo
 __all__ = ["OPTIONS_FILE", "SprintState", "path", "state_of", "unwrap", "wrap"]
 
 Merge = Literal["residual", "routing", "mask"]
+Model = TypeVar("Model", bound=nn.Module)
 
 
 def wrap(
-    model: nn.Module,
+    model: Model,
     *,
     encoder_depth: int = 2,
     decoder_depth: int = 2,
@@ -37,7 +38,7 @@ def wrap(
     grid: tuple[int, ...] | None = None,
     checkpoint: bool = False,
     host: Host | None = None,
-) -> Any:
+) -> Model:
     """Give a model SPRINT's three paths, in place.
 
     It starts on the full path: nothing is dropped until `sprint.path(model, "sparse")` says so.
@@ -172,7 +173,7 @@ def _install(model: nn.Module, state: SprintState) -> None:
         raise
 
 
-def unwrap(model: nn.Module) -> Any:
+def unwrap(model: Model) -> Model:
     """Undo `wrap`: the model as it was, without its fusion.
 
     Raises:

@@ -1,12 +1,13 @@
 """The sizes and options of a SiT, and the paper's four presets."""
 
 import dataclasses
-from typing import Literal, NamedTuple, get_args
+from typing import Literal, NamedTuple, TypedDict, get_args
 
 from sprint.flow.interpolants import Prediction, check_prediction
 from sprint.middle.fusion import Sources
 
 Positions = Literal["rope", "sincos"]
+Preset = Literal["S/2", "B/2", "L/2", "XL/2"]
 
 
 class Size(NamedTuple):
@@ -19,12 +20,38 @@ class Size(NamedTuple):
     decoder_depth: int
 
 
-PRESETS = {
+PRESETS: dict[Preset, Size] = {
     "S/2": Size(384, 6, 2, 8, 2),
     "B/2": Size(768, 12, 2, 8, 2),
     "L/2": Size(1024, 16, 2, 20, 2),
     "XL/2": Size(1152, 16, 2, 24, 2),
 }
+
+
+class Options(TypedDict, total=False):
+    """Fields of `SiTConfig` as keyword arguments, for completion and type checkers."""
+
+    dim: int
+    heads: int
+    encoder_depth: int
+    middle_depth: int
+    decoder_depth: int
+    patch_size: int
+    in_channels: int
+    mlp_ratio: float
+    num_classes: int | None
+    cond_dim: int | None
+    positions: Positions
+    time_scale: float
+    prediction: Prediction
+    qk_norm: bool
+    label_drop: float
+    path_drop: float
+    sources: Sources
+    learnable_mask: bool
+    repa_dim: int | None
+    repa_hidden: int
+    repa_depth: int | None
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

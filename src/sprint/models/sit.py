@@ -6,7 +6,7 @@ encoder (dense) -> SparseMiddle (all tokens, a subset, or none) -> decoder (dens
 import dataclasses
 import json
 from collections.abc import Mapping
-from typing import Any, Literal, NamedTuple
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import torch
 from einops import rearrange
@@ -18,7 +18,7 @@ from sprint.middle.fusion import SparseDenseResidual
 from sprint.middle.sparse import Path, SparseMiddle, run
 from sprint.middle.tokens import TokenSubset
 from sprint.models import reference
-from sprint.models.config import PRESETS, SiTConfig
+from sprint.models.config import PRESETS, Options, Preset, SiTConfig
 from sprint.models.inputs import check_classes, check_inputs
 from sprint.models.layers import (
     Attention,
@@ -34,6 +34,9 @@ from sprint.models.layers import (
     sincos_positions,
 )
 from sprint.random import Device
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
 
 _CONFIG = "sprint.config"  # metadata key of our checkpoints
 
@@ -88,7 +91,7 @@ class SiT(nn.Module):
         self.reset_parameters()
 
     @classmethod
-    def preset(cls, name: str, **overrides: Any) -> "SiT":
+    def preset(cls, name: Preset, **overrides: "Unpack[Options]") -> "SiT":
         """Build one of the paper's sizes: "S/2", "B/2", "L/2" or "XL/2".
 
         Args:

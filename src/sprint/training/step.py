@@ -139,6 +139,12 @@ class TrainStep:
                 optimizer_state.prepare()
         self._forget_gradients()
 
+    def __repr__(self) -> str:
+        how = "captured in CUDA graphs" if self._graphs is not None else "plain"
+        parts = f"{type(unwrapped(self.model)).__name__}, {self.loss}, {type(self.optimizer).__name__}"
+        options = f"clip={self.clip}, accumulate={self.accumulate}, autocast={self.autocast}"
+        return f"TrainStep({parts}, {options}; {how} on {self.device})"
+
     @property
     def parameters(self) -> list[nn.Parameter]:
         """Of the optimizer, also of groups that were added later."""
