@@ -1,17 +1,27 @@
 # make demo: train a small SPRINT model on digits and draw a sample grid (about 3 minutes on two CPU cores)
-# make test: run the tests                                  make check: lint, types, docs, package
+# make test: minutes; every room, and one run of the pipeline      make test-all: everything that needs no GPU
+# make check: lint, types, docs, package                           make docs: serve the documentation
 
 PYTHON ?= python3
 BIN := .venv/bin
+PIP := $(BIN)/python -m pip -qq --disable-pip-version-check
+# One process per core, each with one thread: small work is slower on more.
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto -q
 
-.PHONY: demo test check package docs clean
+.PHONY: demo test test-all test-slow check package docs clean
 .DELETE_ON_ERROR:
+.SILENT: .venv/test .venv/dev
 
 demo: .venv/test
 	$(BIN)/python examples/quickstart.py $(ARGS)
 
 test: .venv/test
-	$(BIN)/python -m pytest $(ARGS)
+	$(PYTEST) $(ARGS)
+
+test-all: test test-slow
+
+test-slow: .venv/test
+	$(PYTEST) -m "slow and not gpu" $(ARGS)
 
 check: .venv/dev
 	$(BIN)/ruff check .
@@ -34,9 +44,10 @@ docs: .venv/dev
 	$(BIN)/mkdocs serve
 
 .venv/%: pyproject.toml constraints.txt
+	echo "setting up .venv, some minutes the first time"
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
-	$(BIN)/python -m pip install --quiet --upgrade pip
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[$*]'
+	$(PIP) install --upgrade pip
+	$(PIP) install --constraint constraints.txt --editable '.[$*]'
 	touch $@
 
 clean:

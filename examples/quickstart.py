@@ -8,6 +8,7 @@ Interrupt it at any time: the same command goes on where it was.
 
 import argparse
 import re
+import sys
 import time
 from functools import partial
 from pathlib import Path
@@ -58,7 +59,8 @@ def train(steps: int, seed: int, out: Path, device: str) -> torch.nn.Module:
             part.load_state_dict(state[name])
 
     switch = int(SPARSE_SHARE * steps)
-    bar = tqdm(range(start, steps), initial=start, total=steps, unit_scale=BATCH, unit="images")
+    often = 0.1 if sys.stderr.isatty() else 30  # seconds: a log takes fewer lines than a terminal
+    bar = tqdm(range(start, steps), initial=start, total=steps, unit_scale=BATCH, unit="images", mininterval=often)
     for step in bar:
         sparse = step < switch
         into_stage = step if sparse else step - switch  # the rate is warmed up again after the switch
@@ -73,7 +75,7 @@ def train(steps: int, seed: int, out: Path, device: str) -> torch.nn.Module:
         optimizer.step()
         average.update_parameters(model)
         if step % 10 == 9:
-            bar.set_description(f"{'sparse' if sparse else 'dense'} loss {result.loss.item():.3f}")
+            bar.set_description(f"{'sparse' if sparse else 'dense'} loss {result.loss.item():.3f}", refresh=False)
         if step % 25 == 24 or step == steps - 1:  # written atomically: interrupted, the run goes on from here
             states = {name: part.state_dict() for name, part in parts.items()}
             sprint.save_state(file, {"run": run, "step": step + 1, **states})
