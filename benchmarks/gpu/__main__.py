@@ -11,14 +11,16 @@ without its history, SPRINT_COMMIT names it.
 
 import argparse
 import importlib
+import signal
 import sys
 import time
 from pathlib import Path
+from typing import NoReturn
 
 import torch
 
 from benchmarks import report
-from benchmarks.gpu.driver import PARTS, UNFINISHED, drive
+from benchmarks.gpu.driver import PARTS, UNFINISHED, claim, drive
 from benchmarks.gpu.table import Table
 
 
@@ -32,16 +34,35 @@ def main() -> int:
     args = parser.parse_args()
     if not args.dry_run and not torch.cuda.is_available():
         parser.error("no CUDA device here: give --dry-run")
+    if not args.minutes >= 0:  # or not a number
+        parser.error(f"--minutes must be 0 or more, got {args.minutes}")
     deadline = time.monotonic() + 60 * args.minutes
-    env = report.environment("cpu" if args.dry_run else "cuda")
+    device = "cpu" if args.dry_run else "cuda"
     if args.part is None:
-        return drive(args.out, env=env, deadline=deadline, dry=args.dry_run, again=args.again)
+        for number in (signal.SIGTERM, signal.SIGHUP):
+            if signal.getsignal(number) is not signal.SIG_IGN:  # as nohup sets it
+                signal.signal(number, _end)
+        try:
+            with claim(args.out):
+                env = report.environment(device)
+                return drive(args.out, env=env, deadline=deadline, dry=args.dry_run, again=args.again)
+        except (ValueError, OSError) as error:
+            parser.error(f"--out {args.out}: {error}")
+        except KeyboardInterrupt:
+            print("interrupted: the same command goes on from here")
+            return 130
+    env = report.environment(device)
     if args.dry_run:
         torch.set_num_threads(1)
     module = importlib.import_module(f"benchmarks.gpu.{PARTS[args.part].module}")
     table = Table(args.out / f"{args.part}.csv", env=env, keys=module.KEYS, deadline=deadline)
     module.run(table, dry=args.dry_run)
     return 0 if table.complete else UNFINISHED
+
+
+def _end(number: int, _: object) -> NoReturn:
+    """Make a signal an exception: what is running is stopped on the way out."""
+    raise SystemExit(128 + number)
 
 
 if __name__ == "__main__":

@@ -7,6 +7,8 @@ flops and update by least squares of relative errors over our captured steps; la
 from its products, if one waits for launches at all.
 """
 
+import math
+import traceback
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -15,7 +17,7 @@ import numpy as np
 
 import sprint
 from benchmarks import report
-from benchmarks.gpu.table import Table, read
+from benchmarks.gpu.table import Table, read, told
 from benchmarks.gpu.train import EAGER, OURS, PLAIN_OURS, toy
 from benchmarks.report import Row
 
@@ -23,11 +25,22 @@ KEYS = ("implementation", "job", "path")
 
 
 def run(table: Table, *, dry: bool) -> None:
-    """One unit, anew for each state of train_step.csv."""
+    """Anew for each state of train_step.csv; a fit that fails leaves the one before where it is.
+
+    Raises:
+        ValueError: there is one before and the new one fails.
+    """
     del dry
-    table.rows = []
     key = {"implementation": "all", "job": "", "path": ""}
-    table.unit([key], lambda: _fitted(table.path.parent / "train_step.csv", table.env["device"], key), needs=0)
+    try:
+        rows = _fitted(table.path.parent / "train_step.csv", table.env["device"], key)
+    except Exception as error:
+        if not all(row.get("error") for row in table.rows):
+            raise ValueError("the fit fails, the one before stays") from error
+        traceback.print_exc()
+        rows = [{**key, "error": told(error)}]
+    table.rows = []
+    table.put(rows)
 
 
 def nonnegative(rows: Sequence[Sequence[float]], seconds: Sequence[float]) -> list[float]:
@@ -44,6 +57,13 @@ def nonnegative(rows: Sequence[Sequence[float]], seconds: Sequence[float]) -> li
     column = (table / scale)[:, chosen[0]]
     factors[chosen[0]] = float(column.sum() / (column**2).sum() / scale[chosen[0]])
     return factors
+
+
+def line_of(device: str, *, flops: float, update: float, launch: float) -> str:
+    """The rates to copy, or that these are none."""
+    if not (0 < flops < math.inf and 0 <= update < math.inf and 0 <= launch < math.inf):
+        return f"{device}: could not be fitted from these steps: flops {flops:.4g}, update {update:.4g}, launch {launch:.4g}"
+    return f'Hardware("{device}", flops={flops:.4g}, update={update:.4g}, launch={launch:.4g})'
 
 
 def _fitted(path: Path, device: str, key: Row) -> list[Row]:
@@ -70,7 +90,7 @@ def _fitted(path: Path, device: str, key: Row) -> list[Row]:
     ]
     launch = max(0.0, min(waits)) if waits else 0.0
     flops = 1 / product if product else float("inf")
-    line = f'Hardware("{device}", flops={flops:.4g}, update={update:.4g}, launch={launch:.4g})'
+    line = line_of(device, flops=flops, update=update, launch=launch)
     print(line if waits else f"{line}  # no eager step waits for launches: launch is unknown")
     result = []
     for row in (*captured, *eager):

@@ -85,10 +85,18 @@ class Table:
 
 
 def read(path: Path) -> list[Row]:
-    """Rows of a CSV file; none where there is no file."""
-    with contextlib.suppress(FileNotFoundError), path.open(newline="") as file:
+    """Rows of a CSV file; none where there is no file, or no text in it."""
+    with contextlib.suppress(FileNotFoundError, csv.Error), path.open(newline="", errors="replace") as file:
         return list(csv.DictReader(file))
     return []
+
+
+def whole(path: Path) -> list[Row]:
+    """Rows of a CSV file that have all their columns and say of what commit they are; not a last one without its end."""
+    rows = read(path)
+    if rows and not path.read_bytes().endswith(b"\n"):
+        rows.pop()
+    return [row for row in rows if None not in row and None not in row.values() and row.get("commit")]
 
 
 def told(error: BaseException) -> str:
