@@ -6,7 +6,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 PIP := $(BIN)/python -m pip -qq --disable-pip-version-check
 # One process per core, each with one thread: small work is slower on more.
-PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto -q
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --maxprocesses 8 -q
 
 .PHONY: demo test test-all test-slow check package docs clean
 .DELETE_ON_ERROR:

@@ -78,7 +78,7 @@ def launch(command: list[str], seconds: float) -> int | None:
 
 @contextlib.contextmanager
 def claim(out: Path) -> Iterator[None]:
-    """Lock the folder, made if it is not there, by a POSIX lock as `sprint.runs` does; its file goes with the lock.
+    """Lock the folder, made if it is not there, by a POSIX lock as `sprint.training.runs` does; its file goes with the lock.
 
     Raises:
         ValueError: another process has it.

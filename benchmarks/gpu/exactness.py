@@ -24,7 +24,7 @@ GUIDANCE = sprint.PathDropGuidance(2.0)
 
 def run(table: Table, *, dry: bool) -> None:
     """A unit for each kernel and dtype, one for the update, one for steps, one for samples."""
-    sys.path.insert(0, str(ROOT / "tests"))
+    sys.path.insert(0, str(ROOT / "tests" / "support"))
     import kernel_cases  # pyright: ignore[reportMissingImports]
 
     device = "cpu" if dry else "cuda"

@@ -207,6 +207,7 @@ def test_wrapped_by_data_parallel():
     assert plain.equal(wrapped)
 
 
+@pytest.mark.slow
 def test_compiled_models_train():
     torch.compiler.reset()
     net, (x0, y) = tiny().eval(), batch()

@@ -142,6 +142,7 @@ def test_models_of_your_own(weak):
     torch.testing.assert_close(guided, shallow + 3 * (model(x, T, Y) - shallow))
 
 
+@pytest.mark.slow
 @torch.no_grad()
 def test_compiled_models(model):
     torch.compiler.reset()

@@ -86,6 +86,7 @@ def test_sixteen_bits_are_the_default(folder, tmp_path):
     assert torch.cat([labels for _, labels in loader]).tolist() == dataset.labels.tolist()
 
 
+@pytest.mark.slow
 def test_two_processes(folder, tmp_path):
     assert prepare(folder, tmp_path / "one").returncode == 0
     run = prepare(folder, tmp_path / "two", processes=2)
@@ -98,6 +99,7 @@ def test_two_processes(folder, tmp_path):
     assert files[0] == files[1]
 
 
+@pytest.mark.slow
 def test_killed_and_run_again(folder, tmp_path):
     out = tmp_path / "out"
     command = [sys.executable, str(small.SCRIPTS / "prepare.py"), "--images", folder / "images", "--vae", folder / "vae",
@@ -121,6 +123,7 @@ def test_killed_and_run_again(folder, tmp_path):
     assert LatentDataset(out).labels.tolist() == expected(folder)[1]
 
 
+@pytest.mark.slow
 def test_refusals(folder, tmp_path):
     assert "there is no folder" in small.script("prepare", "--images", "nowhere", "--out", tmp_path).stderr
     (tmp_path / "empty" / "class0").mkdir(parents=True)
@@ -141,6 +144,7 @@ def test_center_crop():
     assert center_crop(Image.new("RGB", (37, 300)), 64).size == (64, 64)
 
 
+@pytest.mark.slow
 def test_features_of_a_teacher_are_kept(folder, tmp_path):
     """REPA from features equals REPA from images, up to the numbers' storage."""
     timm = pytest.importorskip("timm")
@@ -192,6 +196,7 @@ def test_odd_files(tmp_path):
     assert (pixels == 100).all()
 
 
+@pytest.mark.slow
 def test_a_mistake_does_not_bind_the_folder(folder, tmp_path):
     run = prepare(folder, tmp_path / "out", "--size", 33)
     assert "--size 33 is not divisible by 2" in run.stderr

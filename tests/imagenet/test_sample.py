@@ -37,6 +37,7 @@ def close(one, other) -> bool:
     return np.abs(one.astype(int) - other.astype(int)).max() <= 1
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("solver", ["euler", "sde"])
 def test_images_do_not_depend_on_the_batch_or_the_processes(folder, solver, tmp_path):
     for name, batch, processes in (("one", 7, 1), ("two", 3, 2)):
@@ -66,6 +67,7 @@ def test_images_are_those_of_the_library(folder, tmp_path):
     assert close(images(tmp_path / "out"), expected.permute(0, 2, 3, 1).numpy())
 
 
+@pytest.mark.slow
 def test_a_run_goes_on_and_grows(folder, tmp_path):
     out = tmp_path / "out"
     assert sample(folder, out, "--count", 4).returncode == 0
@@ -87,6 +89,7 @@ def test_a_run_goes_on_and_grows(folder, tmp_path):
         model.write_bytes(kept)
 
 
+@pytest.mark.slow
 def test_seeds_give_other_images(folder, tmp_path):
     for seed in (0, 1):
         assert sample(folder, tmp_path / str(seed), "--seed", seed, "--count", 2).returncode == 0
@@ -94,6 +97,7 @@ def test_seeds_give_other_images(folder, tmp_path):
     assert not close(one, other)
 
 
+@pytest.mark.slow
 def test_refusals(folder, tmp_path):
     assert "there is no checkpoint at" in sample(folder, tmp_path, checkpoint="nothing.safetensors").stderr
     torch.save({"model": torch.zeros(1)}, folder / "pickle.pt")

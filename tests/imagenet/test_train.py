@@ -144,6 +144,7 @@ def interrupted(command, ready, limit=600.0) -> bool:
     return False
 
 
+@pytest.mark.slow
 def test_killed_again_and_again_it_ends_with_the_same_bits(latents, whole, tmp_path):
     """With workers, which outlive the killed process by some seconds and must not keep the folder from the next."""
     command = [sys.executable, small.SCRIPTS / "train.py", *configured(tmp_path, latents, num_workers=2)]
@@ -191,6 +192,7 @@ def test_a_run_is_of_one_process_and_one_dataset(latents, whole, tmp_path):
     assert "other latents than those in" in train(tmp_path, other).stderr
 
 
+@pytest.mark.slow
 def test_a_broken_checkpoint_is_passed_over(latents, whole, tmp_path):
     assert train(tmp_path, latents).returncode == 0
     newest = tmp_path / "run" / "checkpoints" / "00000020.safetensors"
@@ -204,12 +206,14 @@ def test_a_broken_checkpoint_is_passed_over(latents, whole, tmp_path):
     assert metrics(tmp_path) == metrics(whole)
 
 
+@pytest.mark.slow
 def test_a_model_without_its_middle_trains_on_two_processes(latents, tmp_path):
     options = {"residual_type": "shallow", "stages": "pretrain", "max_train_steps": 3}
     run = train(tmp_path, latents, processes=2, **options)
     assert run.returncode == 0, run.stderr
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("parallel", ["ddp", "fsdp"])
 def test_two_processes_train_stop_go_on_and_sample(latents, parallel, tmp_path):
     if parallel == "fsdp" and torch.__version__ < "2.8":
@@ -241,6 +245,7 @@ def test_two_processes_train_stop_go_on_and_sample(latents, parallel, tmp_path):
     assert len(list((tmp_path / "samples").glob("*.png"))) == 3
 
 
+@pytest.mark.slow
 def test_ddp_and_fsdp_train_the_same_model(latents, tmp_path):
     if torch.__version__ < "2.8":
         pytest.skip("FSDP2 over gloo sums gradients here instead of averaging them, those of a plain model too")
@@ -278,6 +283,7 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_last_good_state(t
         assert all(tensor.isfinite().all() for tensor in load_file(path).values())
 
 
+@pytest.mark.slow
 def test_a_full_disk_stops_the_run_and_keeps_the_last_good_state(latents, tmp_path):
     """A limit on the size of files stands for the full disk."""
     assert train(tmp_path, latents, stages="pretrain", max_train_steps=4).returncode == 0
@@ -297,6 +303,7 @@ def test_a_full_disk_stops_the_run_and_keeps_the_last_good_state(latents, tmp_pa
     assert (folder / "00000004.safetensors").read_bytes() == before
 
 
+@pytest.mark.slow
 def test_repa_with_prepared_features(tmp_path):
     (tmp_path / "data").mkdir()
     data = prepared(tmp_path / "data", teacher="some_vit")
@@ -315,6 +322,7 @@ def test_repa_with_prepared_features(tmp_path):
     assert "holds features of some_vit, but representation_encoder=another_vit" in other.stderr
 
 
+@pytest.mark.slow
 def test_finetuning_starts_from_a_checkpoint(latents, whole, tmp_path):
     start = whole / "run" / "model.safetensors"
     finetune = {"max_train_steps": 1, "learning_rate": 1e-12, "warmup_steps": 0, "batch_size": 4}

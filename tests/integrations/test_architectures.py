@@ -141,6 +141,7 @@ def test_a_path_dropped_sample_of_a_joint_model_is_its_shallow_path(name):
     torch.testing.assert_close(first_tensor(model(**arguments)), shallow, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["dit", "sd3", "flux", "wan", "ltx"])
 @torch.no_grad()
 def test_compiles_without_graph_breaks(name):
@@ -155,6 +156,7 @@ def test_compiles_without_graph_breaks(name):
         assert first_tensor(compiled(**arguments)).shape == expected.shape
 
 
+@pytest.mark.slow
 @torch.no_grad()
 def test_regional_compilation():
     torch.compiler.reset()

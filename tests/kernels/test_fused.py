@@ -270,6 +270,7 @@ def test_a_compiled_block_is_the_plain_block(interpreter, autocast):
         torch.testing.assert_close(actual, expected, rtol=tolerance, atol=tolerance)
 
 
+@pytest.mark.slow
 def test_a_captured_step_with_kernels_trains_like_the_layers(interpreter, monkeypatch):
     """Weights in bfloat16 beside them, as on a GPU; a stand-in records and replays the operations."""
     monkeypatch.setattr(sprint.models.sit, "check_inputs", lambda *args, **kwargs: None)

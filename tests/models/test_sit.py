@@ -201,6 +201,7 @@ def test_repa_that_cannot_be():
 # compilation and precision
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("path", ["full", "sparse", "shallow"])
 def test_compiles_whole_and_once_per_path(path):
     torch.compiler.reset()
@@ -219,6 +220,7 @@ def test_compiles_whole_and_once_per_path(path):
     assert counter.frame_count == 1
 
 
+@pytest.mark.slow
 def test_compiled_training_draws_labels_and_paths():
     torch.compiler.reset()
     model = tiny(label_drop=0.5, path_drop=0.5).train()
@@ -253,6 +255,7 @@ def test_bf16_weights():
     assert ((actual.float() - expected).norm() / expected.norm()).item() < 0.05
 
 
+@pytest.mark.slow
 def test_compiles_for_any_batch_in_training():
     """With a symbolic batch, as torch.compile makes it at the second size; random draws included."""
     torch.compiler.reset()

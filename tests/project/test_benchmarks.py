@@ -11,6 +11,7 @@ ROOT = Path(__file__).parents[2]
 NAMES = sorted(path.stem for path in (ROOT / "benchmarks").glob("*.py") if path.stem not in ("__init__", "report"))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", NAMES)
 def test_benchmark_runs(name, tmp_path):
     command = [sys.executable, "-m", f"benchmarks.{name}", "--quick", "--device", "cpu", "--out", tmp_path]

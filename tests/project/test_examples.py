@@ -31,6 +31,7 @@ def test_quickstart_draws_a_picture(tmp_path):
     assert pdg / cfg == pytest.approx(8 / 12, abs=0.02)  # 6 + 2 blocks instead of 6 + 6
 
 
+@pytest.mark.slow
 def test_quickstart_resumes_where_it_was(tmp_path, monkeypatch):
     quickstart = runpy.run_path(str(SCRIPT))
     train, save_state = quickstart["train"], sprint.save_state
@@ -54,6 +55,7 @@ def test_quickstart_resumes_where_it_was(tmp_path, monkeypatch):
         train(60, 1, tmp_path / "halves", "cpu")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["wrap_plain_dit", "wrap_diffusers_dit"])
 def test_wrapping_examples_run(name):
     run = subprocess.run(
@@ -64,6 +66,7 @@ def test_wrapping_examples_run(name):
     assert "shallow path skips the middle" in run.stdout
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("name", "says"), [("lora_sd3", "tensors of the adapters"), ("pdg_pipeline", "PDG: ")])
 def test_diffusers_examples_run(name, says):
     run = subprocess.run(

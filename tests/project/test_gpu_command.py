@@ -32,6 +32,7 @@ def command(out, *options):
     return subprocess.run(line, capture_output=True, text=True, check=True, cwd=ROOT, timeout=600).stdout
 
 
+@pytest.mark.slow
 def test_a_dry_run_does_every_part_and_a_second_one_nothing(tmp_path):
     command(tmp_path)
     files = sorted(tmp_path.iterdir())  # and no lock

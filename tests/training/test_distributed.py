@@ -112,6 +112,7 @@ def train_worker(rank: int, kind: str, folder: str) -> None:
     leave()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["ddp", "fsdp2"])
 def test_train_step_over_two_processes(kind, tmp_path):
     if kind == "fsdp2" and torch.__version__ < "2.8":
