@@ -32,7 +32,8 @@ class Fault(NamedTuple):
 
 FAULTS = [
     Fault("structured drop: members and groups swapped", "middle/drop.py",
-          "order = (*range(0, 2 * axes, 2), *range(1, 2 * axes, 2))", "order = (*range(1, 2 * axes, 2), *range(0, 2 * axes, 2))"),
+          "order = (*range(0, 2 * axes, 2), *range(1, 2 * axes, 2))",
+          "order = (*range(1, 2 * axes, 2), *range(0, 2 * axes, 2))"),
     Fault("random drop: the generator is not passed", "middle/drop.py",
           "scores = uniform((1 if self.shared else batch, num_tokens), device=device, generator=generator)",
           "scores = uniform((1 if self.shared else batch, num_tokens), device=device)"),
@@ -69,7 +70,8 @@ FAULTS = [
     Fault("REPA: features of dropped tokens", "flow/loss.py",
           "else output.repa_subset.gather(repa_target)", "else repa_target[:, : output.repa_subset.num_kept]"),
     Fault("RoPE: rows and columns swapped", "models/layers.py",
-          "for axis in (row, column)], dim=1)  # (N, head_dim / 2)", "for axis in (column, row)], dim=1)  # (N, head_dim / 2)"),
+          "for axis in (row, column)], dim=1)  # (N, head_dim / 2)",
+          "for axis in (column, row)], dim=1)  # (N, head_dim / 2)"),
     Fault("block: gates of attention and MLP swapped", "models/layers.py",
           "shift_a, scale_a, gate_a, shift_m, scale_m, gate_m = ", "shift_a, scale_a, gate_m, shift_m, scale_m, gate_a = "),
     Fault("null class is the first class", "models/layers.py",

@@ -36,7 +36,6 @@ def test_original_and_back(tmp_path):
     torch.testing.assert_close(sprint.SiT.load(again).eval()(X, T, Y), model(X, T, Y), rtol=1e-4, atol=1e-5)  # float32
 
 
-@pytest.mark.slow
 def test_refusals(tmp_path):
     tiny().save(tmp_path / "ours.safetensors")
     path = tmp_path / "ours.safetensors"

@@ -97,7 +97,6 @@ def test_seeds_give_other_images(folder, tmp_path):
     assert not close(one, other)
 
 
-@pytest.mark.slow
 def test_refusals(folder, tmp_path):
     assert "there is no checkpoint at" in sample(folder, tmp_path, checkpoint="nothing.safetensors").stderr
     torch.save({"model": torch.zeros(1)}, folder / "pickle.pt")

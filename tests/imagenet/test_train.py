@@ -192,7 +192,6 @@ def test_a_run_is_of_one_process_and_one_dataset(latents, whole, tmp_path):
     assert "other latents than those in" in train(tmp_path, other).stderr
 
 
-@pytest.mark.slow
 def test_a_broken_checkpoint_is_passed_over(latents, whole, tmp_path):
     assert train(tmp_path, latents).returncode == 0
     newest = tmp_path / "run" / "checkpoints" / "00000020.safetensors"
@@ -303,7 +302,6 @@ def test_a_full_disk_stops_the_run_and_keeps_the_last_good_state(latents, tmp_pa
     assert (folder / "00000004.safetensors").read_bytes() == before
 
 
-@pytest.mark.slow
 def test_repa_with_prepared_features(tmp_path):
     (tmp_path / "data").mkdir()
     data = prepared(tmp_path / "data", teacher="some_vit")
@@ -322,7 +320,6 @@ def test_repa_with_prepared_features(tmp_path):
     assert "holds features of some_vit, but representation_encoder=another_vit" in other.stderr
 
 
-@pytest.mark.slow
 def test_finetuning_starts_from_a_checkpoint(latents, whole, tmp_path):
     start = whole / "run" / "model.safetensors"
     finetune = {"max_train_steps": 1, "learning_rate": 1e-12, "warmup_steps": 0, "batch_size": 4}

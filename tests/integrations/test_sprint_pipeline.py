@@ -71,7 +71,6 @@ def test_generator_decides_the_noise():
     assert not one.equal(other)
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["sit", "wrapped"])
 def test_a_fresh_process_loads_what_was_saved(kind, tmp_path):
     pipe = pipeline(tiny().eval() if kind == "sit" else wrapped_dit())

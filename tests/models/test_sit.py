@@ -220,7 +220,6 @@ def test_compiles_whole_and_once_per_path(path):
     assert counter.frame_count == 1
 
 
-@pytest.mark.slow
 def test_compiled_training_draws_labels_and_paths():
     torch.compiler.reset()
     model = tiny(label_drop=0.5, path_drop=0.5).train()

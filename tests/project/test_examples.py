@@ -55,7 +55,6 @@ def test_quickstart_resumes_where_it_was(tmp_path, monkeypatch):
         train(60, 1, tmp_path / "halves", "cpu")
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("name", ["wrap_plain_dit", "wrap_diffusers_dit"])
 def test_wrapping_examples_run(name):
     run = subprocess.run(
