@@ -20,7 +20,7 @@ class Size(NamedTuple):
     decoder_depth: int
 
 
-PRESETS: dict[Preset, Size] = {
+PRESETS: dict[str, Size] = {
     "S/2": Size(384, 6, 2, 8, 2),
     "B/2": Size(768, 12, 2, 8, 2),
     "L/2": Size(1024, 16, 2, 20, 2),

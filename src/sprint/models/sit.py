@@ -91,7 +91,7 @@ class SiT(nn.Module):
         self.reset_parameters()
 
     @classmethod
-    def preset(cls, name: Preset, **overrides: "Unpack[Options]") -> "SiT":
+    def preset(cls, name: Preset | str, **overrides: "Unpack[Options]") -> "SiT":
         """Build one of the paper's sizes: "S/2", "B/2", "L/2" or "XL/2".
 
         Args:
