@@ -47,7 +47,7 @@ FAULTS = [
           "sparse = torch.where(dropped.view(-1, 1, 1), fill.to(sparse.dtype), sparse)",
           "sparse = torch.where(dropped.view(-1, 1, 1), sparse, fill.to(sparse.dtype))"),
     Fault("fusion: path-drop in eval too", "middle/fusion.py",
-          "if dropped is None and fusion.training and", "if dropped is None and"),
+          'self.sources != "shallow" and self.training and', 'self.sources != "shallow" and'),
     Fault("middle: rotary tables are not gathered", "middle/sparse.py",
           "kwargs[name] = subset.gather(kwargs[name])", "kwargs[name] = kwargs[name][:, : subset.num_kept]"),
     Fault("interpolant: sign of the cosine's derivative", "flow/interpolants.py",

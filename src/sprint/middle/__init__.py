@@ -4,12 +4,13 @@ Here is the line to change for another drop sampler or another fusion; nothing h
 """
 
 from sprint.middle.drop import Drop, RandomDrop, StructuredDrop
-from sprint.middle.fusion import MaskRestore, SparseDenseResidual, TokenRouting
+from sprint.middle.fusion import Fusion, MaskRestore, SparseDenseResidual, TokenRouting
 from sprint.middle.sparse import SparseMiddle
 from sprint.middle.tokens import TokenSubset
 
 __all__ = [
     "Drop",
+    "Fusion",
     "MaskRestore",
     "RandomDrop",
     "SparseDenseResidual",

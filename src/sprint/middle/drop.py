@@ -32,7 +32,20 @@ class Drop(Protocol):
         device: Device = None,
         generator: torch.Generator | None = None,
     ) -> TokenSubset:
-        """Draw the kept tokens of `batch` samples on a token grid (rows, columns) or (frames, rows, columns)."""
+        """Draw the kept tokens.
+
+        Args:
+            batch: B.
+            grid: token grid, (rows, columns) or (frames, rows, columns).
+            device: of the indices.
+            generator: on any device; without one the device's global stream is used.
+
+        Returns:
+            Subset of K of the N tokens, indices in ascending order.
+
+        Raises:
+            ValueError: this sampler cannot drop its share on this grid.
+        """
         ...
 
 
@@ -65,16 +78,7 @@ class RandomDrop:
         device: Device = None,
         generator: torch.Generator | None = None,
     ) -> TokenSubset:
-        """Draw the kept tokens.
-
-        Args:
-            batch: B.
-            grid: token grid, (rows, columns) or (frames, rows, columns); only its product matters here.
-            device: of the indices.
-            generator: on any device; without one the device's global stream is used.
-
-        Returns:
-            Subset of K = (1 - ratio) N tokens, indices in ascending order.
+        """Draw K = (1 - ratio) N tokens, as [`Drop.sample`][sprint.Drop.sample]; of the grid only its product matters.
 
         Raises:
             ValueError: the ratio leaves no whole number of tokens on this grid.
@@ -176,16 +180,7 @@ class StructuredDrop:
         device: Device = None,
         generator: torch.Generator | None = None,
     ) -> TokenSubset:
-        """Draw the kept tokens.
-
-        Args:
-            batch: B.
-            grid: token grid, (rows, columns) or (frames, rows, columns), of any sizes that a group divides.
-            device: of the indices.
-            generator: on any device; without one the device's global stream is used.
-
-        Returns:
-            Subset of K = (1 - r) N tokens, indices in ascending order.
+        """Draw the same number of tokens in each group, as [`Drop.sample`][sprint.Drop.sample].
 
         Raises:
             ValueError: as `cells`.

@@ -7,6 +7,7 @@
 once; the padded `(B, N, 2C)` tensor of the plain form is never built. The weights are those of the plain form.
 """
 
+from abc import ABC, abstractmethod
 from typing import TYPE_CHECKING, Literal, get_args
 
 import torch
@@ -72,12 +73,86 @@ class SplitLinear(nn.Module):
         return f"weight={tuple(self.weight.shape)}"
 
 
-class SparseDenseResidual(nn.Module):
-    """Fuse shallow and deep tokens.
+class Fusion(nn.Module, ABC):
+    """What fusions share: the call, its checks, and the draw of samples that lose their deep path.
+
+    A fusion of your own has `fuse`. Path-drop acts in `train()` only, like dropout; dropping *tokens* never depends on the
+    mode.
+
+    Args:
+        dim: C.
+        path_drop: probability in [0, 1] of losing a sample's deep path, in training.
+
+    Raises:
+        ValueError: `path_drop` is no probability.
+    """
+
+    sources: Sources = "both"
+
+    def __init__(self, dim: int, *, path_drop: float) -> None:
+        super().__init__()
+        if not 0 <= path_drop <= 1:
+            raise ValueError(f"path_drop is a probability in [0, 1], got {path_drop}")
+        self.dim, self.path_drop = dim, path_drop
+
+    def reset_parameters(self) -> None:
+        """Initialise what it has."""
+
+    @abstractmethod
+    def fuse(self, shallow: Tensor, deep: Tensor | None, subset: "TokenSubset | None", dropped: Tensor | None) -> Tensor:
+        """Join the tokens: arguments as of `forward`, checked and drawn."""
+
+    def forward(
+        self,
+        shallow: Tensor,
+        deep: Tensor | None = None,
+        subset: "TokenSubset | None" = None,
+        *,
+        dropped: Tensor | None = None,
+        generator: torch.Generator | None = None,
+    ) -> Tensor:
+        """Join shallow and deep tokens.
+
+        Args:
+            shallow: encoder tokens f, (B, N, C).
+            deep: middle tokens g, (B, K, C) in the order of `subset`, or (B, N, C) without one. None means that the middle
+                did not run (shallow path): every place is one that the middle did not see.
+            subset: where the deep tokens belong.
+            dropped: (B,) bool, samples that lose their deep path. By default drawn in training.
+            generator: for that draw.
+
+        Returns:
+            h, (B, N, C).
+
+        Raises:
+            ValueError: shapes that do not fit each other.
+            TypeError: dtypes that do not fit.
+        """
+        if shallow.ndim != 3 or shallow.shape[-1] != self.dim:
+            raise ValueError(f"shallow tokens must be (B, N, {self.dim}), got {tuple(shallow.shape)}")
+        if deep is not None and deep.shape[-1] != self.dim:
+            raise ValueError(f"deep tokens must be (B, K, {self.dim}), got {tuple(deep.shape)}")
+        if deep is not None and subset is None and deep.shape != shallow.shape:
+            raise ValueError(
+                f"without a subset deep tokens must be {tuple(shallow.shape)} like the shallow ones, got "
+                f"{tuple(deep.shape)}: pass the subset that they were gathered with"
+            )
+        if subset is not None and subset.num_tokens != shallow.shape[1]:
+            raise ValueError(
+                f"the subset was drawn from {subset.num_tokens} tokens, there are {shallow.shape[1]} shallow ones: "
+                "draw it on the grid of these tokens"
+            )
+        draws = deep is not None and self.sources != "shallow" and self.training and self.path_drop > 0
+        if draws and dropped is None:
+            dropped = uniform((len(shallow),), device=shallow.device, generator=generator) < self.path_drop
+        return self.fuse(shallow, deep, subset, dropped)
+
+
+class SparseDenseResidual(Fusion):
+    """SPRINT's fusion, `h = W [g_pad ; f] + b`.
 
     In training, each sample loses its whole deep path with probability `path_drop` (path-drop learning), so that the
-    shallow path alone learns a velocity and can serve as the weak branch of Path-Drop Guidance. Like dropout this stops in
-    `eval()`; dropping *tokens* never depends on the mode.
+    shallow path alone learns a velocity and can serve as the weak branch of Path-Drop Guidance.
 
     Args:
         dim: C.
@@ -102,16 +177,14 @@ class SparseDenseResidual(nn.Module):
         learnable_mask: bool = False,
         init: Init = "xavier",
     ) -> None:
-        super().__init__()
-        if not 0 <= path_drop <= 1:
-            raise ValueError(f"path_drop is a probability in [0, 1], got {path_drop}")
+        super().__init__(dim, path_drop=path_drop)
         if sources not in get_args(Sources):
             raise ValueError(f"unknown sources {sources!r}: choose one of {', '.join(get_args(Sources))}")
         if init not in get_args(Init):
             raise ValueError(f"unknown init {init!r}: choose one of {', '.join(get_args(Init))}")
         if init == "identity" and sources == "shallow":
             raise ValueError("init='identity' keeps the deep path, which sources='shallow' leaves out: use init='xavier'")
-        self.dim, self.path_drop, self.sources, self.init = dim, path_drop, sources, init
+        self.sources, self.init = sources, init
         self.proj = SplitLinear(2 if sources == "both" else 1, dim, residual=init == "identity")
         self.mask_token = nn.Parameter(torch.empty(1, 1, dim), requires_grad=learnable_mask)
         self.reset_parameters()
@@ -126,46 +199,8 @@ class SparseDenseResidual(nn.Module):
         else:
             nn.init.xavier_uniform_(self.proj.weight)
 
-    def forward(
-        self,
-        shallow: Tensor,
-        deep: Tensor | None = None,
-        subset: "TokenSubset | None" = None,
-        *,
-        dropped: Tensor | None = None,
-        generator: torch.Generator | None = None,
-    ) -> Tensor:
-        """Compute `W_g g_pad + W_f f + b`.
-
-        Args:
-            shallow: encoder tokens f, (B, N, C).
-            deep: middle tokens g, (B, K, C) in the order of `subset`, or (B, N, C) without one. None means that the middle
-                did not run (shallow path): the mask token stands everywhere.
-            subset: where the deep tokens belong.
-            dropped: (B,) bool, samples whose deep path is replaced by the mask token. By default drawn in training.
-            generator: for that draw.
-
-        Returns:
-            h, (B, N, C).
-
-        Raises:
-            ValueError: shapes that do not fit each other.
-            TypeError: dtypes that do not fit.
-        """
-        if shallow.ndim != 3 or shallow.shape[-1] != self.dim:
-            raise ValueError(f"shallow tokens must be (B, N, {self.dim}), got {tuple(shallow.shape)}")
-        if deep is not None and deep.shape[-1] != self.dim:
-            raise ValueError(f"deep tokens must be (B, K, {self.dim}), got {tuple(deep.shape)}")
-        if deep is not None and subset is None and deep.shape != shallow.shape:
-            raise ValueError(
-                f"without a subset deep tokens must be {tuple(shallow.shape)} like the shallow ones, got "
-                f"{tuple(deep.shape)}: pass the subset that they were gathered with"
-            )
-        if subset is not None and subset.num_tokens != shallow.shape[1]:
-            raise ValueError(
-                f"the subset was drawn from {subset.num_tokens} tokens, there are {shallow.shape[1]} shallow ones: "
-                "draw it on the grid of these tokens"
-            )
+    def fuse(self, shallow: Tensor, deep: Tensor | None, subset: "TokenSubset | None", dropped: Tensor | None) -> Tensor:
+        """`W_g g_pad + W_f f + b`; where the middle did not run or was lost, the mask token stands for g."""
         if self.sources == "shallow":
             return self.proj(shallow)[0].to(shallow.dtype)  # the stream keeps its dtype under autocast
         source = None if self.sources == "deep" else shallow
@@ -173,7 +208,6 @@ class SparseDenseResidual(nn.Module):
             base, fill = self.proj(source, self.mask_token)
             return (base + fill).to(shallow.dtype).expand_as(shallow)
         base, fill, sparse = self.proj(source, self.mask_token, deep)  # (B, N, C), (1, 1, C), (B, K, C)
-        dropped = _drawn(self, shallow, dropped, generator)
         if dropped is not None:
             sparse = torch.where(dropped.view(-1, 1, 1), fill.to(sparse.dtype), sparse)
         # The deep tokens come first, so that the sum has their strides, on which later kernels' last bits may depend.
@@ -183,41 +217,29 @@ class SparseDenseResidual(nn.Module):
         return f"dim={self.dim}, path_drop={self.path_drop}, sources={self.sources!r}"
 
 
-class TokenRouting(nn.Module):
+class TokenRouting(Fusion):
     """Dropped tokens bypass the middle, without parameters (TREAD, arXiv 2501.04765): `h = g` where kept, `f` elsewhere.
 
-    An alternative to `SparseDenseResidual` with the same call, for comparison. The shallow path is the encoder's output.
+    An alternative to `SparseDenseResidual`, for comparison. The shallow path is the encoder's output, and a sample that
+    loses its deep path bypasses the middle whole.
 
     Args:
         dim: C.
-        path_drop: as in `SparseDenseResidual`: a sample that loses its deep path bypasses the middle whole.
+        path_drop: as in `SparseDenseResidual`.
     """
 
     def __init__(self, dim: int, *, path_drop: float = 0.0) -> None:
-        super().__init__()
-        self.dim, self.path_drop = dim, path_drop
+        super().__init__(dim, path_drop=path_drop)
 
-    def forward(
-        self,
-        shallow: Tensor,
-        deep: Tensor | None = None,
-        subset: "TokenSubset | None" = None,
-        *,
-        dropped: Tensor | None = None,
-        generator: torch.Generator | None = None,
-    ) -> Tensor:
-        """As `SparseDenseResidual.forward`."""
-        if deep is None:
-            return shallow
-        fused = deep if subset is None else subset.restore(deep, shallow)
-        dropped = _drawn(self, shallow, dropped, generator)
-        return fused if dropped is None else torch.where(dropped.view(-1, 1, 1), shallow, fused)
+    def fuse(self, shallow: Tensor, deep: Tensor | None, subset: "TokenSubset | None", dropped: Tensor | None) -> Tensor:
+        """`g` at the kept places, `f` elsewhere."""
+        return _beside(shallow, deep, subset, dropped)
 
 
-class MaskRestore(nn.Module):
+class MaskRestore(Fusion):
     """The mask token at dropped places and nothing else, `h = g_pad` (SPRINT's "deep only" ablation without its projection).
 
-    An alternative to `SparseDenseResidual` with the same call, for comparison.
+    An alternative to `SparseDenseResidual`, for comparison.
 
     Args:
         dim: C.
@@ -226,35 +248,23 @@ class MaskRestore(nn.Module):
     """
 
     def __init__(self, dim: int, *, path_drop: float = 0.0, learnable_mask: bool = True) -> None:
-        super().__init__()
-        self.dim, self.path_drop = dim, path_drop
-        self.mask_token = nn.Parameter(0.02 * torch.randn(1, 1, dim), requires_grad=learnable_mask)
+        super().__init__(dim, path_drop=path_drop)
+        self.mask_token = nn.Parameter(torch.empty(1, 1, dim), requires_grad=learnable_mask)
+        self.reset_parameters()
 
-    def forward(
-        self,
-        shallow: Tensor,
-        deep: Tensor | None = None,
-        subset: "TokenSubset | None" = None,
-        *,
-        dropped: Tensor | None = None,
-        generator: torch.Generator | None = None,
-    ) -> Tensor:
-        """As `SparseDenseResidual.forward`."""
-        mask = self.mask_token.to(shallow.dtype).expand_as(shallow)
-        if deep is None:
-            return mask
-        fused = deep if subset is None else subset.restore(deep, mask)
-        dropped = _drawn(self, shallow, dropped, generator)
-        return fused if dropped is None else torch.where(dropped.view(-1, 1, 1), mask, fused)
+    def reset_parameters(self) -> None:
+        """The mask token from N(0, 0.02)."""
+        with torch.no_grad():
+            self.mask_token.copy_(0.02 * torch.randn(1, 1, self.dim))
+
+    def fuse(self, shallow: Tensor, deep: Tensor | None, subset: "TokenSubset | None", dropped: Tensor | None) -> Tensor:
+        """`g` at the kept places, the mask token elsewhere."""
+        return _beside(self.mask_token.to(shallow.dtype).expand_as(shallow), deep, subset, dropped)
 
 
-def _drawn(
-    fusion: SparseDenseResidual | TokenRouting | MaskRestore,
-    shallow: Tensor,
-    dropped: Tensor | None,
-    generator: torch.Generator | None,
-) -> Tensor | None:
-    """The samples that lose their deep path: those given, else a draw in training; None for none."""
-    if dropped is None and fusion.training and fusion.path_drop > 0:
-        return uniform((len(shallow),), device=shallow.device, generator=generator) < fusion.path_drop
-    return dropped
+def _beside(rest: Tensor, deep: Tensor | None, subset: "TokenSubset | None", dropped: Tensor | None) -> Tensor:
+    """The deep tokens at their places, and the rest elsewhere and in samples that lost them."""
+    if deep is None:
+        return rest
+    fused = deep if subset is None else subset.restore(deep, rest)
+    return fused if dropped is None else torch.where(dropped.view(-1, 1, 1), rest, fused)

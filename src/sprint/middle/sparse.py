@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from sprint.middle.fusion import SparseDenseResidual
+from sprint.middle.fusion import Fusion
 from sprint.middle.tokens import TokenSubset
 
 Path = Literal["full", "sparse", "shallow"]
@@ -51,6 +51,7 @@ class SparseMiddle(nn.Module):
             gathered with the tokens.
 
     Examples:
+        >>> from sprint import SparseDenseResidual
         >>> blocks = [nn.Linear(8, 8), nn.Linear(8, 8)]
         >>> middle = SparseMiddle(blocks, SparseDenseResidual(8))
         >>> model = nn.Sequential(nn.Linear(8, 8), middle, nn.Linear(8, 8))
@@ -64,7 +65,7 @@ class SparseMiddle(nn.Module):
     """
 
     def __init__(
-        self, blocks: Iterable[nn.Module], fusion: SparseDenseResidual, *, tables: tuple[str, ...] = ("rope",)
+        self, blocks: Iterable[nn.Module], fusion: Fusion, *, tables: tuple[str, ...] = ("rope",)
     ) -> None:
         super().__init__()
         self.blocks = nn.ModuleList(blocks)

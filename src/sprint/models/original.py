@@ -25,6 +25,7 @@ from typing import Any, Literal, get_args
 import torch
 from torch import Tensor
 
+from sprint.middle.fusion import SparseDenseResidual
 from sprint.models.config import SiTConfig
 from sprint.models.layers import sincos_positions
 from sprint.models.sit import SiT
@@ -88,8 +89,10 @@ def from_original(
     )
     _check_positions(tensors["pos_embed"])
     model = SiT(config)
-    model.middle.fusion.init = "identity"
-    model.middle.fusion.reset_parameters()
+    fusion = model.middle.fusion
+    assert isinstance(fusion, SparseDenseResidual)
+    fusion.init = "identity"
+    fusion.reset_parameters()
     state = model.state_dict()
     for name, tensor in tensors.items():
         if name == "pos_embed":
