@@ -409,7 +409,7 @@ def test_guidance_and_loss_find_the_paths():
 def test_undeclared_tables_are_named():
     model = wrapped(hosts.DiT(block=hosts.RotaryBlock, rope=True).eval())
     assert model(X, T).shape == X.shape
-    message = r"'feat_rope' of the blocks has the shape \(16, 16\).*sprint.register\('DiT'"
+    message = r"'feat_rope' of the blocks has the shape \(16, 16\).*host=sprint.Host\(\(sprint.Blocks\('blocks', tables"
     with pytest.raises(ValueError, match=message), sprint.path(model, "sparse"):
         model(X, T)
     assert model(X, T).shape == X.shape
@@ -423,7 +423,7 @@ def test_undeclared_tables_are_named():
         ({"merge": "sum"}, "unknown merge 'sum': choose one of residual, routing, mask"),
         ({"host": Host((Blocks("layers"),))}, "DiT has no blocks at 'layers'"),
         ({"host": Host((Blocks("blocks", image="hidden"),))}, "no parameter 'hidden', they take x, c"),
-        ({"host": Host((Blocks("blocks"),), width="model_dim")}, "the token width of DiT is unknown"),
+        ({"host": Host((Blocks("blocks"),), width="model_dim")}, "DiT has no attribute 'model_dim', as declared"),
     ],
 )
 def test_what_cannot_be_wrapped(options, message):
@@ -448,14 +448,21 @@ def test_other_refusals():
     for function in (sprint.unwrap, sprint.check, lambda m: sprint.path(m, "full")):
         with pytest.raises(ValueError, match="this Linear is not wrapped"):
             function(nn.Linear(1, 1))
-    with pytest.raises(ValueError, match="Linear is not registered and has 0 lists of equal blocks"):
+    with pytest.raises(ValueError, match="Linear has no list of equal blocks among its attributes"):
         sprint.wrap(nn.Linear(1, 1))
     moved = hosts.DiT()
     moved.head = nn.Linear(16, 12, device="meta")
     with pytest.raises(ValueError, match=r"parameters are on \['cpu', 'meta'\]: move it to one device"):
         wrapped(moved)
     with pytest.raises(ValueError, match="return text, but have no text parameter"):
-        sprint.register("Wrong", Host((Blocks("blocks", returns=("image", "text")),)))
+        sprint.register(hosts.DiT, Host((Blocks("blocks", returns=("image", "text")),)))
+    with pytest.raises(ValueError, match="'DiT' names no class by itself"):
+        sprint.register("DiT", ROPE)
+    for nowhere in ("hosts.Nowhere", "nowhere.DiT"):
+        with pytest.raises(ValueError, match=f"there is no class {nowhere}"):
+            sprint.register(nowhere, ROPE)
+    with pytest.raises(TypeError, match="register takes a class of models"):
+        sprint.register(int, ROPE)
 
 
 def test_a_grid_that_does_not_match_the_tokens():
@@ -481,5 +488,13 @@ def test_registering_a_class_covers_its_subclasses():
         pass
 
     sprint.register(hosts.DiT, ROPE)
-    assert "DiT" in sprint.hosts.registered()
+    assert "hosts.DiT" in sprint.hosts.registered()
     assert sprint.check(wrapped(Mine(block=hosts.RotaryBlock, rope=True).eval()), X, T).ok
+
+
+def test_a_registration_is_of_a_class_and_not_of_its_name():
+    sprint.register("hosts.DiT", ROPE)
+    assert wrapped(hosts.DiT(block=hosts.RotaryBlock, rope=True)).sprint.declared
+    other = type("DiT", (nn.Module,), {})()  # of another repository
+    other.blocks = nn.ModuleList([hosts.Block(16) for _ in range(6)])
+    assert not wrapped(other).sprint.declared

@@ -6,6 +6,8 @@ dropped. Everything else that a block gets and that has one row per token (rotar
 with the tokens.
 """
 
+import importlib
+from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -56,6 +58,8 @@ class Blocks:
         tables: by parameter, the arguments with one row per token; several tables for a tuple of different tensors.
         sides: parameters with the rows and columns of the token grid, for blocks that unfold it (one kept token per group
             only).
+        others: parameters that have no row per token, whatever their shape says (a text of as many tokens as the image);
+            any other that seems to have one is refused on the sparse path.
     """
 
     name: str
@@ -65,6 +69,7 @@ class Blocks:
     returns: tuple[Part, ...] = ("image",)
     tables: Mapping[str, Table | tuple[Table, ...]] = field(default_factory=dict)
     sides: tuple[str, str] | None = None
+    others: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -73,7 +78,7 @@ class Host:
 
     Args:
         blocks: its runs of blocks, in the order in which `forward` calls them.
-        width: attribute with the token width C (dots allowed), or a function of the model; None looks for the usual names.
+        width: attribute with the token width C (dots allowed), or a function of the model; None infers it from the blocks.
         grid: function of the model and `forward`'s arguments by name that gives the token grid, (rows, columns) or
             (frames, rows, columns); None reads it off a first argument (B, C, H, W).
         image_tokens: function of the model, `forward`'s arguments by name and the length of the stream that gives the
@@ -96,52 +101,106 @@ class Host:
     note: str = ""
 
 
-_HOSTS: dict[str, Host] = {}
+Pattern = Callable[[nn.Module], "Host | None"]
+_HOSTS: dict[type[nn.Module] | str, Host] = {}  # by class; "package.Class" for packages that may not be installed
+_PATTERNS: list[Pattern] = []  # of models that are told by their attributes
 
 
 def register(model: type[nn.Module] | str, host: Host) -> None:
     """Declare an architecture for `wrap`; subclasses inherit the declaration.
 
     Args:
-        model: the class, or its name; "package.Class" declares the class of that name in this package only.
+        model: the class, or where it is: "package.module.Class".
         host: its declaration; replaces an earlier one.
 
+    Raises:
+        ValueError: there is no such class, or the declaration contradicts itself.
+        TypeError: no class of models.
+
     Examples:
+        >>> class MyDiT(nn.Module): ...
         >>> tables = {"rope": Table(dim=0, batched=False)}
-        >>> register("MyDiT", Host(blocks=(Blocks("layers", tables=tables),), width="embed_dim"))
+        >>> register(MyDiT, Host(blocks=(Blocks("layers", tables=tables),)))
     """
-    name = model if isinstance(model, str) else model.__name__
+    kind = _located(model) if isinstance(model, str) else model
+    if not (isinstance(kind, type) and issubclass(kind, nn.Module)):
+        raise TypeError(f"register takes a class of models, got {model!r}")
+    _HOSTS[kind] = _checked(host, kind.__name__)
+
+
+def declare(name: str, host: Host) -> None:
+    """Declare a class of a package that may not be installed: "package.Class", wherever in the package it is."""
+    _HOSTS[name] = _checked(host, name)
+
+
+def pattern(function: Pattern) -> Pattern:
+    """Declare models by what they have: the function returns a declaration, or None if the model is none of them."""
+    _PATTERNS.append(function)
+    return function
+
+
+def _located(path: str) -> Any:
+    module, _, name = path.rpartition(".")
+    if not module:
+        raise ValueError(
+            f"{path!r} names no class by itself, since other packages may have one of this name: give the class, "
+            'sprint.register(Class, …), or "package.module.Class"'
+        )
+    try:
+        found = getattr(importlib.import_module(module), name)
+    except (ImportError, AttributeError) as error:
+        raise ValueError(f"there is no class {path} ({error}): give the class, or where it is") from error
+    return found
+
+
+def _checked(host: Host, name: str) -> Host:
     for blocks in host.blocks:
         if "text" in blocks.returns and blocks.text is None:
             raise ValueError(f"blocks {blocks.name!r} of {name} return text, but have no text parameter: set text=…")
-    _HOSTS[name] = host
+    return host
 
 
 def registered() -> list[str]:
     """Names of the declared architectures."""
-    return sorted(_HOSTS)
+    return sorted(name if isinstance(name, str) else f"{name.__module__}.{name.__qualname__}" for name in _HOSTS)
 
 
 def declaration(model: nn.Module) -> tuple[Host, bool]:
-    """The declaration of a model, and whether it was registered; without one, its single list of blocks is taken as it is.
+    """The declaration of a model, and whether there was one; without, its single list of blocks is taken as it is.
 
     Raises:
         ValueError: nothing is registered, and there is no list of blocks or more than one.
     """
     for base in type(model).__mro__:
         package, *_ = base.__module__.split(".")
-        for name in (f"{package}.{base.__name__}", base.__name__):
-            if name in _HOSTS:
-                return _HOSTS[name], True
-    lists = [
-        name
-        for name, child in model.named_children()
-        if isinstance(child, nn.ModuleList | nn.Sequential) and len(child) > 1 and len({type(block) for block in child}) == 1
-    ]
-    if len(lists) != 1:
+        for key in (base, f"{package}.{base.__name__}"):
+            if key in _HOSTS:
+                return _HOSTS[key], True
+    for told in _PATTERNS:
+        if (host := told(model)) is not None:
+            return host, True
+    lists = [name for name, child in model.named_children() if _is_run(child)]
+    if len(lists) == 1:
+        return Host(blocks=(Blocks(lists[0]),)), False
+    if lists:
+        blocks = ", ".join(f"sprint.Blocks({name!r})" for name in lists)
         raise ValueError(
-            f"{type(model).__name__} is not registered and has {len(lists)} lists of equal blocks "
-            f"({', '.join(lists) or 'none'}), "
-            "expected one: declare it with sprint.register(…, sprint.Host(…)); declared are " + ", ".join(registered())
+            f"{type(model).__name__} has {len(lists)} lists of blocks. If forward calls them in this order, and each takes "
+            f"and returns the image tokens (B, N, C): sprint.wrap(model, …, host=sprint.Host(({blocks})))"
         )
-    return Host(blocks=(Blocks(lists[0]),)), False
+    raise ValueError(
+        f"{type(model).__name__} has no list of equal blocks among its attributes ({_children(model)}): name it, "
+        "sprint.wrap(model, …, host=sprint.Host((sprint.Blocks('part.blocks'),)))"
+    )
+
+
+def _is_run(child: nn.Module) -> bool:
+    """A list of at least two blocks, most of one class; the first or last may be of others."""
+    if not isinstance(child, nn.ModuleList | nn.Sequential) or len(child) < 2:
+        return False
+    (_, most), *_ = Counter(type(block) for block in child).most_common(1)
+    return most == len(child) or (most > 1 and 2 * most > len(child) and isinstance(child, nn.ModuleList))
+
+
+def _children(model: nn.Module) -> str:
+    return ", ".join(name for name, _ in model.named_children()) or "none"

@@ -1,9 +1,12 @@
 """The declared architectures, one entry each; see `sprint.hosts.declare` for the words."""
 
+import inspect
 import math
 from typing import Any
 
-from sprint.hosts.declare import Arguments, Blocks, Host, Table, register
+from torch import nn
+
+from sprint.hosts.declare import Arguments, Blocks, Host, Table, declare, pattern
 
 _CONTROL: dict[str, str] = dict.fromkeys(
     ("controlnet_block_samples", "controlnet_single_block_samples", "block_controlnet_hidden_states"),
@@ -11,6 +14,7 @@ _CONTROL: dict[str, str] = dict.fromkeys(
 )
 _ROPE = {"image_rotary_emb": Table(dim=0, batched=False)}  # (N, D), no batch
 _JOINT_ROPE = {"image_rotary_emb": Table(dim=0, batched=False, stream="text+image")}
+_CROSS = ("encoder_hidden_states", "encoder_attention_mask")  # texts that may have as many tokens as the image
 _TEXT_FIRST: dict[str, Any] = {"text": "encoder_hidden_states", "returns": ("text", "image")}
 _IMAGE_FIRST: dict[str, Any] = {"text": "encoder_hidden_states", "returns": ("image", "text")}
 
@@ -84,17 +88,20 @@ def _padded_images(model: Any, arguments: Arguments, length: int) -> int:
     return -(-counts.pop() // 32) * 32
 
 
-register(
-    "DiTTransformer2DModel",
+declare(
+    "diffusers.DiTTransformer2DModel",
     Host(
         (Blocks("transformer_blocks"),),
         note="its blocks drop labels one by one in training: set the blocks' dropout_prob to 0 and drop labels outside",
     ),
 )
-register("PixArtTransformer2DModel", Host((Blocks("transformer_blocks", tables={"attention_mask": Table(dim=-1)}),)))
-register("SD3Transformer2DModel", Host((Blocks("transformer_blocks", **_TEXT_FIRST),), refused=_CONTROL))
-register(
-    "FluxTransformer2DModel",
+declare(
+    "diffusers.PixArtTransformer2DModel",
+    Host((Blocks("transformer_blocks", tables={"attention_mask": Table(dim=-1)}, others=_CROSS),)),
+)
+declare("diffusers.SD3Transformer2DModel", Host((Blocks("transformer_blocks", **_TEXT_FIRST),), refused=_CONTROL))
+declare(
+    "diffusers.FluxTransformer2DModel",
     Host(
         tuple(
             Blocks(name, tables=_JOINT_ROPE, **_TEXT_FIRST) for name in ("transformer_blocks", "single_transformer_blocks")
@@ -102,16 +109,16 @@ register(
         refused=_CONTROL,
     ),
 )
-register(
-    "LongCatImageTransformer2DModel",
+declare(
+    "diffusers.LongCatImageTransformer2DModel",
     Host(
         tuple(
             Blocks(name, tables=_JOINT_ROPE, **_TEXT_FIRST) for name in ("transformer_blocks", "single_transformer_blocks")
         ),
     ),
 )
-register(
-    "Krea2Transformer2DModel",
+declare(
+    "diffusers.Krea2Transformer2DModel",
     Host(
         (
             Blocks(
@@ -123,8 +130,8 @@ register(
         image_tokens=lambda model, arguments, length: arguments["hidden_states"].shape[1],
     ),
 )
-register(
-    "ChromaTransformer2DModel",
+declare(
+    "diffusers.ChromaTransformer2DModel",
     Host(
         (
             Blocks("transformer_blocks", tables=_JOINT_ROPE | {"attention_mask": Table(stream="text+image")}, **_TEXT_FIRST),
@@ -137,8 +144,8 @@ register(
         refused=_CONTROL,
     ),
 )
-register(
-    "AuraFlowTransformer2DModel",
+declare(
+    "diffusers.AuraFlowTransformer2DModel",
     Host(
         (
             Blocks("joint_transformer_blocks", **_TEXT_FIRST),
@@ -146,16 +153,16 @@ register(
         )
     ),
 )
-register(
-    "SanaTransformer2DModel",
+declare(
+    "diffusers.SanaTransformer2DModel",
     Host(
-        (Blocks("transformer_blocks", sides=("height", "width")),),
+        (Blocks("transformer_blocks", sides=("height", "width"), others=_CROSS),),
         refused=_CONTROL,
         note="its blocks unfold the tokens for a convolution: one token per group can be kept, StructuredDrop(0.75)",
     ),
 )
-register(
-    "Lumina2Transformer2DModel",
+declare(
+    "diffusers.Lumina2Transformer2DModel",
     Host(
         (
             Blocks(
@@ -171,8 +178,8 @@ register(
         image_starts=lambda model, arguments: arguments["encoder_attention_mask"].sum(dim=1),
     ),
 )
-register(
-    "ZImageTransformer2DModel",
+declare(
+    "diffusers.ZImageTransformer2DModel",
     Host(
         (
             Blocks(
@@ -188,22 +195,22 @@ register(
         note="images are padded to a multiple of 32 tokens, which leaves no grid: use RandomDrop",
     ),
 )
-register(
-    "CogVideoXTransformer3DModel",
+declare(
+    "diffusers.CogVideoXTransformer3DModel",
     Host(
         (Blocks("transformer_blocks", tables=_ROPE, **_IMAGE_FIRST),),
         grid=_frames_first_video,
     ),
 )
-register(
-    "WanTransformer3DModel",
+declare(
+    "diffusers.WanTransformer3DModel",
     Host(
-        (Blocks("blocks", tables={"rotary_emb": Table(), "temb": Table(ndim=4)}),),
+        (Blocks("blocks", tables={"rotary_emb": Table(), "temb": Table(ndim=4)}, others=_CROSS),),
         grid=_patched_video,
     ),
 )
-register(
-    "HunyuanVideoTransformer3DModel",
+declare(
+    "diffusers.HunyuanVideoTransformer3DModel",
     Host(
         (
             Blocks(
@@ -228,15 +235,15 @@ register(
         note="with image-to-video by token replacement the first frame is always kept",
     ),
 )
-register(
-    "LTXVideoTransformer3DModel",
+declare(
+    "diffusers.LTXVideoTransformer3DModel",
     Host(
-        (Blocks("transformer_blocks", tables={"image_rotary_emb": Table(), "temb": Table()}),),
+        (Blocks("transformer_blocks", tables={"image_rotary_emb": Table(), "temb": Table()}, others=_CROSS),),
         grid=_told_video,
     ),
 )
-register(
-    "QwenImageTransformer2DModel",
+declare(
+    "diffusers.QwenImageTransformer2DModel",
     Host(
         (
             Blocks(
@@ -253,18 +260,24 @@ register(
         refused=_CONTROL,
     ),
 )
-register("PRXTransformer2DModel", Host((Blocks("blocks", tables={"image_rotary_emb": Table(dim=2)}),), width="hidden_size"))
-register(
-    "HunyuanDiT2DModel",
+declare(
+    "diffusers.PRXTransformer2DModel",
     Host(
-        (Blocks("blocks", tables=_ROPE),),
+        (Blocks("blocks", tables={"image_rotary_emb": Table(dim=2)}, others=(*_CROSS, "attention_mask")),),
+        width="hidden_size",
+    ),
+)
+declare(
+    "diffusers.HunyuanDiT2DModel",
+    Host(
+        (Blocks("blocks", tables=_ROPE, others=(*_CROSS, "skip")),),
         refused=_CONTROL,
         note="long skips join block i to the block as far from the end: use as many decoder as encoder blocks",
     ),
 )
-register("CogView4Transformer2DModel", Host((Blocks("transformer_blocks", tables=_ROPE, **_IMAGE_FIRST),)))
-register(
-    "MochiTransformer3DModel",
+declare("diffusers.CogView4Transformer2DModel", Host((Blocks("transformer_blocks", tables=_ROPE, **_IMAGE_FIRST),)))
+declare(
+    "diffusers.MochiTransformer3DModel",
     Host(
         (
             Blocks(
@@ -276,8 +289,8 @@ register(
         grid=_patched_video,
     ),
 )
-register(
-    "Flux2Transformer2DModel",
+declare(
+    "diffusers.Flux2Transformer2DModel",
     Host(
         (
             Blocks("transformer_blocks", tables=_JOINT_ROPE, **_TEXT_FIRST),
@@ -285,7 +298,7 @@ register(
         )
     ),
 )
-register(
+declare(
     "timm.VisionTransformer",
     Host(
         (Blocks("blocks", stream="text+image"),),
@@ -295,3 +308,34 @@ register(
         note="class and register tokens are always kept",
     ),
 )
+
+
+@pattern
+def _uvit(model: Any) -> Host | None:
+    """U-ViT and those built like it: long skips, `extras` tokens (time, label) in front of the image."""
+    names = ("in_blocks", "mid_block", "out_blocks")
+    if not all(isinstance(getattr(model, name, None), nn.Module) for name in names) or not hasattr(model, "extras"):
+        return None
+    return Host(
+        tuple(Blocks(name, stream="text+image", others=("skip",)) for name in names),
+        image_tokens=lambda model, arguments, length: length - model.extras,
+        note="long skips join block i to the block as far from the end: use as many decoder as encoder blocks",
+    )
+
+
+@pattern
+def _original_flux(model: Any) -> Host | None:
+    """Flux as its authors wrote it, and those built like it: double blocks, then single blocks on both streams together."""
+    runs = [getattr(model, name, None) for name in ("double_blocks", "single_blocks")]
+    if not all(isinstance(run, nn.ModuleList) and len(run) for run in runs):
+        return None
+    double, single = (set(inspect.signature(run[0].forward).parameters) for run in runs)  # pyright: ignore
+    if not {"img", "txt", "pe"} <= double or not {"x", "pe"} <= single:
+        return None
+    pe = {"pe": Table(dim=2, stream="text+image")}  # (B, 1, text and image, D / 2, 2, 2)
+    return Host(
+        (
+            Blocks("double_blocks", image="img", text="txt", returns=("image", "text"), tables=pe),
+            Blocks("single_blocks", image="x", stream="text+image", tables=pe),
+        )
+    )

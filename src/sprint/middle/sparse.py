@@ -64,9 +64,7 @@ class SparseMiddle(nn.Module):
         torch.Size([2, 4, 8])
     """
 
-    def __init__(
-        self, blocks: Iterable[nn.Module], fusion: Fusion, *, tables: tuple[str, ...] = ("rope",)
-    ) -> None:
+    def __init__(self, blocks: Iterable[nn.Module], fusion: Fusion, *, tables: tuple[str, ...] = ("rope",)) -> None:
         super().__init__()
         self.blocks = nn.ModuleList(blocks)
         self.fusion = fusion

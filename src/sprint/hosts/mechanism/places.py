@@ -115,25 +115,54 @@ def placed_as(model: nn.Module, places: Sequence[tuple[Place, int]]) -> tuple[to
 
 
 def width_of(model: Any, host: Host) -> int:
-    """The token width C."""
+    """The token width C: declared, or an attribute of a usual name that the blocks bear out, or what the blocks say.
+
+    Raises:
+        ValueError: neither says it.
+    """
     if callable(host.width):
         return host.width(model)
-    names = (host.width,) if host.width else _WIDTHS
-    for source in (model, getattr(model, "config", None)):
-        for name in names:
-            first, *_ = name.split(".")
-            # Looked up only where it is defined: diffusers' models pass their configuration on, with a warning.
-            if (
-                first in getattr(source, "__dict__", ())
-                or first in getattr(source, "_modules", ())
-                or hasattr(type(source), first)
-            ):
-                value = functools.reduce(lambda owner, part: getattr(owner, part, None), name.split("."), source)
-                if isinstance(value, int):
-                    return value
-    heads, head = (
-        getattr(getattr(model, "config", None), name, None) for name in ("num_attention_heads", "attention_head_dim")
+    if host.width:
+        if (declared := _attribute(model, host.width)) is None:
+            raise ValueError(f"{type(model).__name__} has no attribute {host.width!r}, as declared: correct its width")
+        return declared
+    sizes = _sizes(model.get_submodule(host.blocks[0].name))
+    for name in _WIDTHS:
+        if (named := _attribute(model, name)) is not None and (named in sizes or not sizes):
+            return named
+    (width, most), *rest = sizes.most_common(2) or [(0, 0)]
+    if most and (not rest or rest[0][1] < most):
+        return width
+    likely = ", ".join(map(str, sorted(size for size, count in sizes.items() if count == most))) or "unknown"
+    raise ValueError(
+        f"the token width of {type(model).__name__} is ambiguous ({likely}): declare it, "
+        f"sprint.wrap(model, …, host=sprint.Host((sprint.Blocks({host.blocks[0].name!r}),), width=lambda model: …))"
     )
-    if isinstance(heads, int) and isinstance(head, int):
-        return heads * head
-    raise ValueError(f"the token width of {type(model).__name__} is unknown: declare it, sprint.Host(…, width='attribute')")
+
+
+def _attribute(model: Any, path: str) -> int | None:
+    """A whole number of the model or its configuration, by its name with dots."""
+    for source in (model, getattr(model, "config", None)):
+        first, *_ = path.split(".")
+        # Looked up only where it is defined: diffusers' models pass their configuration on, with a warning.
+        if (
+            first in getattr(source, "__dict__", ())
+            or first in getattr(source, "_modules", ())
+            or hasattr(type(source), first)
+        ):
+            value = functools.reduce(lambda owner, part: getattr(owner, part, None), path.split("."), source)
+            if isinstance(value, int):
+                return value
+    return None
+
+
+def _sizes(run: nn.Module) -> Counter[int]:
+    """How often a block's layers begin or end with so many channels: the residual stream's width is met most often."""
+    block = next(iter(run), run) if isinstance(run, nn.ModuleList | nn.Sequential) else run
+    sizes: Counter[int] = Counter()
+    for layer in block.modules():
+        if isinstance(layer, nn.LayerNorm):
+            sizes[layer.normalized_shape[-1]] += 1
+        elif isinstance(weight := getattr(layer, "weight", None), torch.Tensor) and weight.ndim == 2:
+            sizes.update(weight.shape)
+    return sizes

@@ -167,6 +167,12 @@ class Route:
         image, text = self._split(place.blocks.stream, self._sorted(named[place.image]))
         if place.blocks.text is not None:
             text = named[place.blocks.text]
+        if image.shape[-1] != self.fusion.dim:
+            raise ValueError(
+                f"the tokens of blocks {place.blocks.name!r} are {image.shape[-1]} wide, the fusion was made for "
+                f"{self.fusion.dim}: declare the width, sprint.wrap(model, …, host=sprint.Host((sprint.Blocks("
+                f"{place.blocks.name!r}),), width=lambda model: {image.shape[-1]}))"
+            )
         again = self.shallow is not None
         if again and self.reentrant:
             self._pay(place, named, image, text)
@@ -197,8 +203,8 @@ class Route:
     def _gather(self, place: Place, named: dict[str, Any], *, entering: bool) -> None:
         """Reduce the tokens (at the first block), and every table, to the kept ones."""
         assert self.subset is not None
-        if not self.state.declared:
-            refuse_undeclared(place, named, self.num_tokens or 0, model=type(self.model).__name__)
+        if not (self.state.declared and torch.compiler.is_compiling()):  # a guard more is a graph more
+            refuse_undeclared(place, named, self.num_tokens or 0)
         if entering:
             image, text = self._split(place.blocks.stream, self._sorted(named[place.image]))
             named[place.image] = self._join(place.blocks.stream, self.subset.gather(image), text)

@@ -8,24 +8,20 @@ from torch import Tensor, nn
 from sprint.hosts.mechanism.places import Place
 
 
-def refuse_undeclared(place: Place, named: Mapping[str, Any], num_tokens: int, *, model: str) -> None:
+def refuse_undeclared(place: Place, named: Mapping[str, Any], num_tokens: int) -> None:
     """Raise ValueError for an argument of the blocks that seems to hold one row per token."""
     for name, tensor in _tables(place, named, num_tokens):
         raise ValueError(
             f"argument {name!r} of the blocks has the shape {tuple(tensor.shape)} and seems to hold one row per token: "
-            f"declare it, sprint.register({model!r}, sprint.Host(blocks=("
-            f"sprint.Blocks({place.blocks.name!r}, tables={{{name!r}: sprint.Table(…)}}),))), "
-            "or without the table if it does not (such as a text of as many tokens)"
+            f"declare it, sprint.wrap(model, …, host=sprint.Host((sprint.Blocks({place.blocks.name!r}, "
+            f"tables={{{name!r}: sprint.Table(…)}}),))), or, if it does not (such as a text of as many tokens), "
+            f"others=({name!r},)"
         )
 
 
 def hint(place: Place, named: Mapping[str, Any], num_tokens: int) -> str:
     """What to declare, for the error of a middle block on the sparse path; empty if no side input has N rows."""
-    names = {
-        f"{name!r} {tuple(tensor.shape)}"
-        for name, tensor in _tensors(place, named)
-        if num_tokens in tensor.shape and name not in place.blocks.tables
-    }
+    names = {f"{name!r} {tuple(tensor.shape)}" for name, tensor in _tensors(place, named) if num_tokens in tensor.shape}
     if not names:
         return ""
     return (
@@ -49,7 +45,7 @@ def _tables(place: Place, named: Mapping[str, Any], num_tokens: int) -> Iterator
 
 def _tensors(place: Place, named: Mapping[str, Any]) -> Iterator[tuple[str, Tensor]]:
     for name, value in named.items():
-        if name == place.image:
+        if name in (place.image, place.blocks.text, *place.blocks.tables, *place.blocks.others):
             continue
         values = value if isinstance(value, (tuple, list)) else (value,)
         if isinstance(value, nn.Module):
