@@ -1,5 +1,7 @@
 """`check`: what it proves of models whose output shows little, and that it leaves no trace."""
 
+import dataclasses
+
 import hosts
 import pytest
 import torch
@@ -55,8 +57,10 @@ def test_a_sound_fresh_model_passes_and_an_unprovable_one_is_named():
         def forward(self, x, t):
             return 0 * super().forward(x, t)
 
-    finding = sprint.check(sprint.wrap(Blind(), drop=SPARSE), X, T).findings[1]
-    assert (finding.ok, finding.detail[:10]) == (None, "NOT PROVED")
+    report = sprint.check(sprint.wrap(Blind(), drop=SPARSE), X, T)
+    assert [(finding.ok, finding.detail[:10]) for finding in report.findings[1:3]] == [(None, "NOT PROVED")] * 2
+    assert not report.failed
+    assert not report.ok  # nothing failed, and nothing was proved
 
 
 def test_modes_and_random_streams_stay_as_they_were():
@@ -90,3 +94,93 @@ def test_features_of_kept_tokens_are_reported():
     report = sprint.check(sprint.wrap(Repa(), drop=SPARSE), X, T)
     found = {f.name: (f.ok, f.detail) for f in report.findings}
     assert found["outputs of kept tokens only"] == (None, "output 1: (2, 4, 16), full (2, 16, 16)")
+
+
+class Counting(hosts.Block):
+    """Depends on how many tokens there are: right with all of them in any order, wrong with fewer."""
+
+    def forward(self, x, c):
+        return super().forward(x * (x.shape[1] / 16), c)
+
+
+class Padded(hosts.Block):
+    """As in Mochi: how many tokens are text is taken from the longest sequence, and the rest may not be seen."""
+
+    def forward(self, x, c):
+        text = 17 - (x.shape[1] - 2)  # one of two, with all image tokens
+        q = self.norm(x)[:, None]
+        mask = torch.ones(1, x.shape[1], dtype=torch.bool)
+        mask[0, :2] = torch.arange(2) < text
+        return x + nn.functional.scaled_dot_product_attention(q, q, q, attn_mask=mask)[:, 0] + self.mlp(x)
+
+
+def findings(model, **options):
+    return {f.name: f for f in sprint.check(sprint.wrap(model, **{"drop": SPARSE, **options}), X, T, repeats=1).findings}
+
+
+FEWER = "fewer tokens = masked attention"
+
+
+def test_fewer_tokens_are_compared_with_masked_attention():
+    found = findings(hosts.DiT().eval())[FEWER]
+    assert found.ok
+    assert "image tokens 16 of 16, kept 4" in found.detail
+    with pytest.raises(ValueError, match="ok     all tokens in any order(.|\n)*FAILED fewer tokens = masked attention"):
+        findings(hosts.DiT(block=Counting).eval())
+
+
+def test_lengths_that_blocks_compute_from_all_tokens_are_caught():
+    class WithText(hosts.DiT):
+        def forward(self, x, t):
+            image = self.embed(x).flatten(2).transpose(1, 2) + self.position
+            stream = torch.cat([torch.ones(len(x), 2, 16), image], dim=1)
+            for block in self.blocks:
+                stream = block(stream, t[:, None].expand(-1, 16))
+            return nn.functional.fold(self.head(stream[:, 2:]).transpose(1, 2), x.shape[-2:], 2, stride=2)
+
+    host = sprint.Host((sprint.Blocks("blocks", stream="text+image"),), image_tokens=lambda model, arguments, n: n - 2)
+    with pytest.raises(ValueError, match="FAILED fewer tokens = masked attention"):
+        findings(WithText(block=Padded).eval(), host=host)
+    plain = findings(WithText().eval(), host=host)[FEWER]
+    assert plain.ok
+    assert "image tokens 16 of 18, kept 4" in plain.detail
+
+
+def test_attention_of_other_kinds_is_said_not_to_be_proved():
+    class Plain(hosts.Block):
+        def forward(self, x, c):
+            q = self.norm(x)
+            return x + (q @ q.transpose(1, 2)).softmax(-1) @ q + self.mlp(x)
+
+    model = sprint.wrap(hosts.DiT(block=Plain).eval(), drop=SPARSE)
+    report = sprint.check(model, X, T)
+    assert report.findings[2].detail.startswith("NOT PROVED: attention does not go through")
+    assert report.ok  # the order of tokens was proved
+
+
+def test_numbers_that_are_not_finite_never_pass():
+    model = hosts.DiT().eval()
+    model.head.bias.data[0] = float("nan")
+    with pytest.raises(ValueError, match="FAILED"):
+        findings(model)
+
+
+def test_one_draw_for_the_whole_batch():
+    """For hosts that need it, the trials draw so too."""
+
+    class Unpacking(hosts.Block):
+        def forward(self, x, c, feat_rope=None):
+            rows, width = feat_rope.flatten(1).shape
+            return super().forward(x + feat_rope.view(1, rows, width), c)
+
+    host = sprint.Host((sprint.Blocks("blocks", tables={"feat_rope": sprint.Table(dim=0, batched=False)}),))
+    found = findings(hosts.DiT(block=Unpacking, rope=True).eval(), host=host, drop=StructuredDrop(0.75, shared=True))
+    assert found["all tokens in any order = full"].ok
+    assert found[FEWER].ok
+
+
+def test_what_is_too_small_to_time_is_said():
+    report = sprint.check(sprint.wrap(hosts.DiT().eval(), drop=SPARSE), X, T)
+    quick, slow = ({job: i * unit for i, job in enumerate(report.seconds, start=1)} for unit in (1e-4, 1.0))
+    assert "too small to time" in str(dataclasses.replace(report, seconds=quick))
+    assert "forward, sparse                   2000.0 ms, -100% saved" in str(dataclasses.replace(report, seconds=slow))

@@ -18,6 +18,7 @@ from sprint.diffusers import from_pretrained  # noqa: E402
 GRIDS = dict.fromkeys(
     ("flux", "chroma", "flux2", "longcat", "krea2"), (4, 4)
 )  # packed latents whose arguments do not tell their grid
+UNMASKED = {"sana", "lumina2", "lumina2_ragged", "prx", "mochi"}  # where check says that it is not proved
 architectures = pytest.mark.parametrize("name", CASES)
 
 
@@ -52,6 +53,7 @@ def test_check_passes(name):
     assert {finding.name: finding.ok for finding in report.findings} == {
         "full path = the host itself": None,  # the fusion starts at random here
         "all tokens in any order = full": None if name == "sana" else True,
+        "fewer tokens = masked attention": None if name in UNMASKED else True,
         "shallow path skips the middle": True,
         "sparse gradients reach parameters": True,
     }

@@ -2,7 +2,8 @@
 
 Attention does not depend on the order of tokens once their positions travel with them. So keeping all tokens in a
 random order for each sample must leave the full path's output as it is. A table that was forgotten, gathered twice or
-gathered wrongly breaks that.
+gathered wrongly breaks that. And keeping some of them must give what the host itself gives with all of them, where its
+attention sees the kept ones only: blocks that count their tokens, or number them, break that.
 """
 
 import math
@@ -15,11 +16,16 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from sprint.hosts.declare import Stream
+from sprint.hosts.mechanism.masked import Masked
 from sprint.hosts.mechanism.paths import path
 from sprint.hosts.mechanism.state import SprintState, find_wrapped, state_of
 from sprint.middle.fusion import MaskRestore, SparseDenseResidual, TokenRouting
 from sprint.middle.tokens import TokenSubset
 from sprint.random import Device, uniform
+
+ORDER, FEWER = "all tokens in any order = full", "fewer tokens = masked attention"
+SMALL = 0.01  # seconds of a forward pass, below which shares of them say nothing
 
 
 @dataclass(frozen=True)
@@ -49,28 +55,39 @@ class Report:
 
     @property
     def ok(self) -> bool:
-        """Whether nothing failed."""
-        return all(finding.ok is not False for finding in self.findings)
+        """Whether nothing failed, and at least one of the two trials of dropped tokens proved them right."""
+        proved = any(finding.ok for finding in self.findings if finding.name in (ORDER, FEWER))
+        return proved and not self.failed
+
+    @property
+    def failed(self) -> bool:
+        """Whether something that must hold does not."""
+        return any(finding.ok is False for finding in self.findings)
 
     def __str__(self) -> str:
         marks = {True: "ok", False: "FAILED", None: "-"}
         lines = [f"{self.model}", *(f"  {marks[f.ok]:<7}{f.name:<34}{f.detail}" for f in self.findings)]
         for job, seconds in self.seconds.items():
-            saved = "" if job.endswith(", full") else f", {self.saved[job]:.0%} saved"
+            full = self.seconds[f"{job.rpartition(', ')[0]}, full"]
+            share = f"{self.saved[job]:.0%} saved" if full >= SMALL else "too small to time"
+            saved = "" if job.endswith(", full") else f", {share}"
             lines.append(f"  {'':<7}{job:<34}{seconds * 1000:.1f} ms{saved}")
         return "\n".join(lines)
 
 
 class _Shuffled:
-    """A drop sampler that drops nothing, in a random order for each sample."""
+    """A drop sampler that drops nothing, in a random order for each sample, or the same for all."""
+
+    def __init__(self, shared: bool) -> None:
+        self.shared = shared
 
     def sample(
         self, batch: int, grid: Sequence[int], *, device: Device = None, generator: torch.Generator | None = None
     ) -> TokenSubset:
         """All tokens, shuffled."""
         num_tokens = math.prod(grid)
-        scores = uniform((batch, num_tokens), device=device, generator=generator)
-        return TokenSubset(scores.argsort(dim=1), num_tokens)
+        scores = uniform((1 if self.shared else batch, num_tokens), device=device, generator=generator)
+        return TokenSubset(scores.argsort(dim=1).expand(batch, -1), num_tokens)
 
 
 def check(model: nn.Module, *args: Any, tolerance: float = 1e-4, repeats: int = 3, **kwargs: Any) -> Report:
@@ -106,13 +123,13 @@ def check(model: nn.Module, *args: Any, tolerance: float = 1e-4, repeats: int = 
             with _perturbed(host) if perturbed else nullcontext():
                 blind = perturbed and not _middle_matters(run, state, tolerance)
                 findings = [_identity(run, state, fusion), _order(run, state, tolerance, perturbed=perturbed, blind=blind)]
-                findings += _outputs(run, state)
+                findings += [_fewer(run, state, tolerance, blind=blind), *_outputs(run, state)]
             findings.append(_middle_calls(host, state, run))
         with torch.enable_grad():
             findings.append(_gradients(model, state, run))
             seconds = _seconds(model, state, run, repeats)
     report = Report(type(model).__name__, tuple(findings), seconds)
-    if not report.ok:
+    if report.failed:
         raise ValueError(f"this wrapping is not right:\n{report}")
     return report
 
@@ -226,16 +243,56 @@ def _is_identity(fusion: nn.Module) -> bool:
 
 
 def _order(run: Callable[..., Any], state: SprintState, tolerance: float, *, perturbed: bool, blind: bool) -> Finding:
-    name = "all tokens in any order = full"
+    name = ORDER
     if any(place.blocks.sides for place, _ in state.places):
         return Finding(name, None, "its blocks need tokens in grid order")
     if blind:
         return Finding(name, None, "NOT PROVED: the output does not depend on what the middle blocks do")
     generator = torch.Generator().manual_seed(0)
-    full, shuffled = first_tensor(run("full")), first_tensor(run("sparse", drop=_Shuffled(), generator=generator))
-    difference = _difference(full, shuffled)
+    shuffled = _Shuffled(bool(getattr(state.drop, "shared", False)))
+    full, reordered = first_tensor(run("full")), first_tensor(run("sparse", drop=shuffled, generator=generator))
+    difference = _difference(full, reordered)
     detail = f"relative difference {difference:.1e}, at most {tolerance:.0e}"
     return Finding(name, difference < tolerance, detail + (", parameters perturbed" if perturbed else ""))
+
+
+def _fewer(run: Callable[..., Any], state: SprintState, tolerance: float, *, blind: bool) -> Finding:
+    """Kept tokens alone, and all of them with attention masked to the kept ones."""
+    reasons = {
+        "wrapped without a drop sampler": state.drop is None,
+        "NOT PROVED: its blocks need tokens in grid order": any(place.blocks.sides for place, _ in state.places),
+        "NOT PROVED: images begin at different places of the stream": state.host.image_starts is not None,
+        "NOT PROVED: the output does not depend on what the middle blocks do": blind,
+    }
+    for reason, holds in reasons.items():
+        if holds:
+            return Finding(FEWER, None, reason)
+    sparse = first_tensor(run("sparse", generator=torch.Generator().manual_seed(1)))
+    difference, detail = math.inf, ""
+    for order in ("text+image", "image+text"):  # a joint attention may have either
+        expected, masked = _masked(run, state, order)
+        if masked.subset is None or masked.attentions < masked.blocks:
+            return Finding(FEWER, None, "NOT PROVED: attention does not go through F.scaled_dot_product_attention")
+        kept, tokens = masked.subset.num_kept, masked.subset.num_tokens
+        if kept == tokens:
+            return Finding(FEWER, None, f"NOT PROVED: the drop sampler keeps all {tokens} tokens")
+        detail = f"image tokens {tokens} of {masked.length}, kept {kept}"
+        difference = min(difference, _difference(expected, sparse))
+        if difference < tolerance or masked.length == tokens:
+            break
+    return Finding(FEWER, difference < tolerance, f"{detail}, relative difference {difference:.1e}, at most {tolerance:.0e}")
+
+
+def _masked(run: Callable[..., Any], state: SprintState, order: Stream) -> tuple[Tensor, Masked]:
+    """What the host gives on the sparse path when all tokens run and attention is masked, for the same draw."""
+    fastpath = torch.backends.mha.get_fastpath_enabled()
+    state.masked = masked = Masked(order)
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        return first_tensor(run("sparse", generator=torch.Generator().manual_seed(1))), masked
+    finally:
+        state.masked = None
+        torch.backends.mha.set_fastpath_enabled(fastpath)
 
 
 def _middle_calls(model: nn.Module, state: SprintState, run: Callable[..., Any]) -> Finding:

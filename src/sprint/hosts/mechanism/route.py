@@ -82,7 +82,7 @@ class Route:
         else:
             if self.strong is not None:
                 self._take_strong(place, named)
-            if self.path == "sparse":
+            if self.path == "sparse" and self.state.masked is None:
                 self._gather(place, named, entering=entering)
             parts = place.parts(self._call(place, block, named, args, kwargs))
         if index == last:
@@ -90,6 +90,9 @@ class Route:
         return tuple(parts.values()) if len(parts) > 1 else parts["image"]
 
     def _call(self, place: Place, block: Callable[..., Any], named: dict[str, Any], args: tuple, kwargs: dict) -> Any:
+        if self.state.masked is not None and self.subset is not None:
+            with self.state.masked.of(self.subset):
+                return place.call(block, named, args, kwargs)
         if self.path != "sparse" or torch.compiler.is_compiling():
             return place.call(block, named, args, kwargs)
         try:
@@ -227,6 +230,8 @@ class Route:
         """Restore and fuse after the last middle block; samples that lost their deep path get the encoder's text too."""
         stream = parts["image"] if self.path == "sparse" else self._sorted(parts["image"])
         image, text = self._split(place.blocks.stream, stream)
+        if self.state.masked is not None and self.subset is not None:
+            image = self.subset.gather(image)
         text = parts.get("text", text)
         self.length, self.fused = self.num_tokens or 0, True
         assert self.shallow is not None

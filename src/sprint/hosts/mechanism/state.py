@@ -7,6 +7,7 @@ import torch
 from torch import nn
 
 from sprint.hosts.declare import Host
+from sprint.hosts.mechanism.masked import Masked
 from sprint.hosts.mechanism.places import Place, by_name
 from sprint.middle.drop import Drop
 from sprint.middle.sparse import Path
@@ -35,6 +36,7 @@ class SprintState(nn.Module):
         self.guider_path: Any = None  # the path that a guider of diffusers chose for the call that it prepared
         self.bypassed = False  # run the host as if it were not wrapped, for `check`
         self.idle = False  # the middle blocks return what they get, for `check`
+        self.masked: Masked | None = None  # nothing is gathered, and attention masked instead, for `check`
         self.route: Chosen = ("full", None, None, None)
         self.latest: Chosen = self.route  # of the last forward pass
 
