@@ -167,3 +167,102 @@ def test_the_image_is_the_first_argument_of_the_signature():
     model = wrapped(hosts.DiT())
     with sprint.path(model, "sparse"):
         assert model(t=T, y=torch.zeros(2), x=X).shape == X.shape
+
+
+def by_llama(b, f, x, c, s):
+    """`reshape_for_broadcast` of Llama's code: the shape is asserted, then axes of 1 are put in."""
+    assert s.shape == (x.shape[1], x.shape[2])
+    assert s.ndim == 2
+    return f(x + s.view(1, x.shape[1], x.shape[2]), c)
+
+
+@pytest.mark.parametrize(
+    "call",
+    [
+        by_llama,
+        lambda b, f, x, c, s: f(x + s[: x.shape[1]].reshape([1, len(s), -1]), c),
+        lambda b, f, x, c, s: f(x + s.view(len(s), 2, 8)[None].flatten(2), c),
+    ],
+)
+def test_tables_that_the_block_cuts_and_reshapes(call):
+    assert sprint.check(wrapped(Side(call, NOISE[:16]), {"side": Table(dim=0, batched=False)}), X, T, repeats=1).ok
+
+
+def test_a_table_that_must_be_without_a_batch_is_advised():
+    model = wrapped(
+        Side(lambda b, f, x, c, s: f(x + torch.stack([s, s])[0], c), NOISE[:16]), {"side": Table(0, batched=False)}
+    )
+    with pytest.raises(RuntimeError, match=r"'side', a table without a batch.*shared=True"), sprint.path(model, "sparse"):
+        model(X, T)
+
+
+def test_blocks_without_named_parameters():
+    class Anonymous(hosts.Block):
+        def forward(self, *args, **kwargs):
+            return super().forward(*args, **kwargs)
+
+    with pytest.raises(ValueError, match=r"names no parameter.*arguments=\('x', …\)"):
+        wrapped(hosts.DiT(block=Anonymous))
+    host = Host((Blocks("blocks", arguments=("x", "c")),))
+    assert sprint.check(wrapped(hosts.DiT(block=Anonymous), host=host), X, T, repeats=1).ok
+
+
+def test_sides_in_one_argument():
+    seen = []
+
+    class Unfolding(hosts.Block):
+        def forward(self, x, c, HW):
+            seen.append(HW)
+            return super().forward(x.unflatten(1, HW).flatten(1, 2), c)
+
+    class Model(hosts.DiT):
+        def forward(self, x, t):
+            tokens, cond = self.embed(x).flatten(2).transpose(1, 2) + self.position, t[:, None].expand(-1, 16)
+            for block in self.blocks:
+                tokens = block(tokens, cond, HW=(4, 4))
+            return tokens
+
+    model = wrapped(Model(block=Unfolding), host=Host((Blocks("blocks", sides="HW"),)))
+    with sprint.path(model, "sparse"):
+        model(X, T)
+    assert seen == [(4, 4)] * 2 + [(2, 2)] * 2 + [(4, 4)] * 2
+
+
+@pytest.mark.parametrize("name", ["cu_seqlens", "max_seqlen", "seq_lens", "grid_sizes"])
+def test_counts_of_tokens_are_refused(name):
+    class Counted(hosts.Block):
+        def forward(self, x, c, **options):
+            return super().forward(x, c)
+
+    model = Side(lambda b, f, x, c, s: f(x, c), torch.tensor([16, 16]))
+    model.blocks = nn.ModuleList([Counted(16) for _ in range(6)])
+    model.keyword = name
+    for host in (None, Host((Blocks("blocks"),))):
+        counted = wrapped(model, host=host)
+        assert counted(X, T).shape == X.shape
+        with pytest.raises(ValueError, match=f"'{name}' of the blocks tells them how many"), sprint.path(counted, "sparse"):
+            counted(X, T)
+        sprint.unwrap(counted)
+    with sprint.path(wrapped(model, host=Host((Blocks("blocks", others=(name,)),))), "sparse"):
+        assert model(X, T).shape == X.shape
+
+
+@pytest.mark.parametrize("path", ["full", "sparse"])
+def test_blocks_by_turns_over_space_and_time(path):
+    """As in Latte."""
+
+    class Turns(hosts.DiT):
+        def forward(self, x, t):
+            tokens = self.embed(x.flatten(0, 1)).flatten(2).transpose(1, 2)  # (B F, N, C)
+            cond = t[:, None].expand(-1, 16)
+            for space, time in zip(self.blocks[::2], self.blocks[1::2], strict=True):
+                tokens = space(tokens, cond.repeat_interleave(2, 0))
+                tokens = tokens.unflatten(0, (-1, 2)).transpose(1, 2).flatten(0, 1)  # (B N, F, C)
+                tokens = time(tokens, cond.repeat_interleave(16, 0))
+                tokens = tokens.unflatten(0, (-1, 16)).transpose(1, 2).flatten(0, 1)
+            return tokens
+
+    for host in (None, Host((Blocks("blocks"),))):
+        model = wrapped(Turns(), host=host, drop=RandomDrop(0.5))
+        with pytest.raises(ValueError, match="folds its tokens anew|for a batch of 2"), sprint.path(model, path):
+            model(torch.randn(2, 2, 3, 8, 8), T)

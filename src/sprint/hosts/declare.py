@@ -56,10 +56,11 @@ class Blocks:
         stream: what `image` holds.
         returns: what the block returns, in order.
         tables: by parameter, the arguments with one row per token; several tables for a tuple of different tensors.
-        sides: parameters with the rows and columns of the token grid, for blocks that unfold it (one kept token per group
-            only).
+        sides: parameters with the rows and columns of the token grid, or one with both, for blocks that unfold it (one kept
+            token per group only).
         others: parameters that have no row per token, whatever their shape says (a text of as many tokens as the image);
-            any other that seems to have one is refused on the sparse path.
+            any other that seems to have one, or whose name says that it counts tokens, is refused on the sparse path.
+        arguments: names for the block's arguments by position, for blocks of `(*args, **kwargs)`.
     """
 
     name: str
@@ -68,8 +69,9 @@ class Blocks:
     stream: Stream = "image"
     returns: tuple[Part, ...] = ("image",)
     tables: Mapping[str, Table | tuple[Table, ...]] = field(default_factory=dict)
-    sides: tuple[str, str] | None = None
+    sides: tuple[str, str] | str | None = None
     others: tuple[str, ...] = ()
+    arguments: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)

@@ -24,14 +24,15 @@ class Place:
     """Where a run of blocks keeps its arguments."""
 
     def __init__(self, blocks: Blocks, parameters: Sequence[str], *, count: int, any_name: bool = False) -> None:
-        self.blocks, self.parameters, self.count = blocks, list(parameters), count
+        self.blocks, self.parameters, self.count = blocks, [*blocks.arguments, *parameters], count
         if not self.parameters:
             raise ValueError(
                 f"the forward of blocks {blocks.name!r} names no parameter, so its tokens cannot be told from the "
-                "rest: give it named parameters"
+                f"rest: name them by position, sprint.Blocks({blocks.name!r}, arguments=('x', …))"
             )
+        self.sides = (blocks.sides,) if isinstance(blocks.sides, str) else blocks.sides or ()
         self.image = blocks.image or self.parameters[0]
-        for name in (self.image, blocks.text, *blocks.tables, *(blocks.sides or ())):
+        for name in (self.image, blocks.text, *blocks.tables, *self.sides):
             if name is not None and name not in self.parameters and not any_name:
                 raise ValueError(
                     f"blocks {blocks.name!r} have no parameter {name!r}, they take {', '.join(self.parameters)}: "

@@ -77,6 +77,7 @@ class Route:
         entering = self.entered in (-1, index)
         if entering:
             self._enter(place, index, named)
+        self._refuse_other_axes(place, named[place.image])
         if self.path == "shallow" or self.state.idle:
             parts = {part: named[place.argument(part)] for part in place.blocks.returns}
         else:
@@ -97,11 +98,11 @@ class Route:
             return place.call(block, named, args, kwargs)
         try:
             return place.call(block, named, args, kwargs)
-        except RuntimeError as error:
-            advice = hint(place, named, self.num_tokens or 0)
-            if not advice or not any(word in str(error) for word in ("size", "shape", "broadcast")):
+        except (RuntimeError, ValueError, TypeError, AttributeError, AssertionError) as error:
+            advice = hint(place, named, self.num_tokens or 0, shared=bool(getattr(self.drop, "shared", False)))
+            if not advice:
                 raise
-            raise RuntimeError(f"{error}\n{advice}") from error
+            raise RuntimeError(f"{type(error).__name__}: {error}\n{advice}") from error
 
     def _in_order(self, index: int) -> None:
         if self.finished:
@@ -155,6 +156,17 @@ class Route:
             f"{', '.join(map(str, sorted(batches)))}, expected (B, N, C): build the blocks with batch_first=True, or, if "
             f"axis 0 may differ, declare it, sprint.wrap(…, host=sprint.Host((sprint.Blocks({place.blocks.name!r}),)))"
         )
+
+    def _refuse_other_axes(self, place: Place, tokens: Tensor) -> None:
+        """Blocks by turns over space and over time fold one of them into the batch."""
+        if self.finished or self.shallow is None or len(tokens) == len(self.shallow):
+            return
+        if self.strong is None or len(tokens) != len(self.shallow[self.strong]):
+            raise ValueError(
+                f"{type(self.model).__name__} folds its tokens anew between its blocks ({len(self.shallow)} rows, then "
+                f"{len(tokens)} at {place.blocks.name!r}), as blocks by turns over space and time do: which tokens are "
+                "kept cannot follow, and it cannot be wrapped over these blocks"
+            )
 
     def _count(self, tokens: Tensor) -> int:
         if self.state.host.image_tokens is not None:
@@ -221,10 +233,15 @@ class Route:
                 rows = gather_rows(value, table, self.subset, name=name, shared=shared, order=self.order)
                 self.tables[name] = (value, rows)
             named[name] = self.tables[name][1]
-        if place.blocks.sides is not None:
-            group = self.keeper.cells(self.num_tokens or 0)
-            for name, side in zip(place.blocks.sides, group, strict=True):
-                named[name] = named[name] // side
+        if place.sides:
+            rows, columns = self.keeper.cells(self.num_tokens or 0)
+            if len(place.sides) == 1:
+                (name,) = place.sides
+                height, width = named[name]
+                named[name] = type(named[name])((height // rows, width // columns))
+            else:
+                for name, side in zip(place.sides, (rows, columns), strict=True):
+                    named[name] = named[name] // side
 
     def _leave(self, place: Place, parts: dict[str, Any]) -> dict[str, Any]:
         """Restore and fuse after the last middle block; samples that lost their deep path get the encoder's text too."""

@@ -1,15 +1,26 @@
 """Side inputs of blocks that nobody declared: refused before they are broadcast in silence, named when they raise."""
 
+import re
 from collections.abc import Iterator, Mapping
 from typing import Any
 
 from torch import Tensor, nn
 
 from sprint.hosts.mechanism.places import Place
+from sprint.hosts.mechanism.tables import GatheredModule, Rows
+
+_COUNTS = re.compile(r"seq_?len|cu_?seq|grid_?size")  # of flash attention, and of Wan 2.1
 
 
 def refuse_undeclared(place: Place, named: Mapping[str, Any], num_tokens: int) -> None:
-    """Raise ValueError for an argument of the blocks that seems to hold one row per token."""
+    """Raise ValueError for an argument of the blocks that seems to hold one row per token, or to count tokens."""
+    for name, value in named.items():
+        if _COUNTS.search(name) and value is not None and name not in (place.image, *place.sides, *place.blocks.others):
+            raise ValueError(
+                f"argument {name!r} of the blocks tells them how many tokens there are or where, and they would take it "
+                "for that of the kept ones: this model cannot drop tokens on its sparse path; if the argument is of "
+                f"something else, sprint.Blocks({place.blocks.name!r}, others=({name!r},))"
+            )
     for name, tensor in _tables(place, named, num_tokens):
         raise ValueError(
             f"argument {name!r} of the blocks has the shape {tuple(tensor.shape)} and seems to hold one row per token: "
@@ -19,8 +30,15 @@ def refuse_undeclared(place: Place, named: Mapping[str, Any], num_tokens: int) -
         )
 
 
-def hint(place: Place, named: Mapping[str, Any], num_tokens: int) -> str:
-    """What to declare, for the error of a middle block on the sparse path; empty if no side input has N rows."""
+def hint(place: Place, named: Mapping[str, Any], num_tokens: int, *, shared: bool = False) -> str:
+    """What to declare, for the error of a middle block on the sparse path; empty if no side input may be its cause."""
+    per_sample = [name for name, value in named.items() if name in place.blocks.tables and _has_rows(value)]
+    if per_sample and not shared:
+        return (
+            f"a middle block failed on kept tokens, and {', '.join(map(repr, per_sample))}, a table without a batch, came "
+            "with a row set for each sample: if the block needs it as (N, D), let all samples of a batch keep the same "
+            "tokens, StructuredDrop(…, shared=True)"
+        )
     names = {f"{name!r} {tuple(tensor.shape)}" for name, tensor in _tensors(place, named) if num_tokens in tensor.shape}
     if not names:
         return ""
@@ -28,6 +46,11 @@ def hint(place: Place, named: Mapping[str, Any], num_tokens: int) -> str:
         f"a middle block failed on kept tokens, and {', '.join(sorted(names))} still has an axis of all {num_tokens}: "
         f"declare it, sprint.Blocks({place.blocks.name!r}, tables={{name: sprint.Table(…)}})"
     )
+
+
+def _has_rows(value: Any) -> bool:
+    values = value if isinstance(value, (tuple, list)) else (value,)
+    return any(isinstance(item, (Rows, GatheredModule)) for item in values)
 
 
 def _tables(place: Place, named: Mapping[str, Any], num_tokens: int) -> Iterator[tuple[str, Tensor]]:

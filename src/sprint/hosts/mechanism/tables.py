@@ -43,6 +43,24 @@ class Rows:
         """As of the (K, *) table, with the batch in front; dim 0 adds the batch itself."""
         return self.rows if dim == 0 else self.rows.unsqueeze(dim + 1 if dim > 0 else dim)
 
+    def view(self, *shape: Any) -> Any:
+        """As of the (K, *) table: where its first axis becomes 1, the batch takes that place."""
+        sizes = shape[0] if len(shape) == 1 and isinstance(shape[0], (tuple, list)) else shape
+        batch = len(self.rows)
+        if sizes[0] == 1:
+            return self.rows.reshape(batch, *sizes[1:])
+        return Rows(self.rows.reshape(batch, *sizes))
+
+    reshape = view
+
+    @property
+    def ndim(self) -> int:
+        """Of the (K, *) table."""
+        return self.rows.ndim - 1
+
+    def __len__(self) -> int:
+        return self.rows.shape[1]
+
     def to(self, *args: Any, **kwargs: Any) -> "Rows":
         """As `Tensor.to`."""
         return Rows(self.rows.to(*args, **kwargs))
