@@ -3,26 +3,37 @@
 python examples/lora_sd3.py
 """
 
+import tempfile
+from pathlib import Path
 from typing import Any
 
 import torch
 from diffusers.models.transformers.transformer_sd3 import SD3Transformer2DModel
+from diffusers.pipelines.stable_diffusion_3.pipeline_stable_diffusion_3 import StableDiffusion3Pipeline
+from diffusers.schedulers.scheduling_flow_match_euler_discrete import FlowMatchEulerDiscreteScheduler
 from peft import LoraConfig, get_peft_model_state_dict
+from safetensors.torch import load_file, save_file
 
 import sprint
 
-torch.manual_seed(0)
-model: Any = SD3Transformer2DModel(  # small and random: take SD3Transformer2DModel.from_pretrained(...) for yours
-    sample_size=32,
-    num_layers=8,
-    attention_head_dim=32,
-    num_attention_heads=4,
-    joint_attention_dim=64,
-    caption_projection_dim=128,
-    pooled_projection_dim=64,
-    in_channels=4,
-    out_channels=4,
-)
+
+def base() -> Any:
+    """Small and random, the same at each call: take SD3Transformer2DModel.from_pretrained(...) for yours."""
+    torch.manual_seed(0)
+    return SD3Transformer2DModel(
+        sample_size=32,
+        num_layers=8,
+        attention_head_dim=32,
+        num_attention_heads=4,
+        joint_attention_dim=64,
+        caption_projection_dim=128,
+        pooled_projection_dim=64,
+        in_channels=4,
+        out_channels=4,
+    )
+
+
+model = base()
 model.requires_grad_(False)
 model.add_adapter(LoraConfig(r=8, target_modules=["to_q", "to_k", "to_v"]))
 sprint.wrap(model, encoder_depth=2, decoder_depth=2, drop=sprint.StructuredDrop(0.75), path_drop=0.0)
@@ -42,5 +53,18 @@ for step in range(10):
     optimizer.step()
     print(f"step {step}: loss {loss.item():.3f}")
 
-adapters, fusion = get_peft_model_state_dict(model), model.sprint.state_dict()  # what to save
-print(f"saved: {len(adapters)} tensors of the adapters, {len(fusion)} of the fusion")
+folder = Path(tempfile.mkdtemp())  # adapters as the pipelines of diffusers read them, the fusion in a file of its own
+StableDiffusion3Pipeline.save_lora_weights(folder, transformer_lora_layers=get_peft_model_state_dict(model))
+save_file(model.sprint.state_dict(), folder / "fusion.safetensors")
+print(f"saved: {', '.join(sorted(file.name for file in folder.iterdir()))}")
+
+again = sprint.wrap(base(), encoder_depth=2, decoder_depth=2, drop=sprint.StructuredDrop(0.75))
+again.sprint.load_state_dict(load_file(folder / "fusion.safetensors"))
+unused: Any = dict.fromkeys(
+    ("vae", "text_encoder", "text_encoder_2", "text_encoder_3", "tokenizer", "tokenizer_2", "tokenizer_3")
+)
+pipe = StableDiffusion3Pipeline(transformer=again, scheduler=FlowMatchEulerDiscreteScheduler(), **unused)
+pipe.load_lora_weights(folder, weight_name="pytorch_lora_weights.safetensors")
+with torch.no_grad():
+    difference = (again(x, text, pooled, t * 1000).sample - model(x, text, pooled, t * 1000).sample).abs().max()
+print(f"loaded: largest difference {difference:.0e}")

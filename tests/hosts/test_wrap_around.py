@@ -2,6 +2,7 @@
 
 import copy
 import functools
+import threading
 
 import hosts
 import numpy as np
@@ -330,3 +331,74 @@ def test_classes_of_the_same_name_as_a_registered_one():
     model = wrapped(VisionTransformer().eval())
     assert not model.sprint.declared
     assert lengths(model, X, T) == [4, 4]
+
+
+def test_two_threads_on_one_model_are_right_or_refused():
+    model = sprint.wrap(hosts.DiT().eval(), drop=StructuredDrop(0.75))
+    inside, go_on = threading.Event(), threading.Event()
+    seen = {}
+
+    def slow(*_):
+        inside.set()
+        assert go_on.wait(60)
+
+    hook = model.blocks[0].register_forward_pre_hook(slow)
+
+    def first():
+        with torch.no_grad(), sprint.path(model, "shallow"):
+            seen["first"] = model(X, T)
+
+    thread = threading.Thread(target=first)
+    thread.start()
+    assert inside.wait(60)
+    for job in (lambda: model(X, T), lambda: sprint.path(model, "sparse")):
+        with pytest.raises(RuntimeError, match="at work in another thread"):
+            job()
+    go_on.set()
+    thread.join()
+    hook.remove()
+    assert model.sprint.route[0] == "full"
+    with torch.no_grad(), sprint.path(model, "shallow"):
+        assert model(X, T).equal(seen["first"])
+        assert copy.deepcopy(model).sprint.held_by == []
+
+
+def test_as_many_graphs_as_the_host():
+    """Batches of several sizes: dynamo makes the second one's size a variable, and no more graphs."""
+    counts = []
+    for model in (hosts.DiT().eval(), sprint.wrap(hosts.DiT().eval(), drop=StructuredDrop(0.75))):
+        torch._dynamo.reset()
+        counter = torch._dynamo.testing.CompileCounter()
+        compiled = torch.compile(model, backend=counter)
+        with torch.no_grad():
+            for batch in (2, 3, 5, 7, 9):
+                compiled(X[:1].repeat(batch, 1, 1, 1), T[:1].repeat(batch))
+        counts.append(counter.frame_count)
+    assert counts == [2, 2]
+
+
+@pytest.mark.parametrize("merge", ["residual", "mask"])
+@pytest.mark.parametrize("path", ["full", "sparse"])
+def test_a_trained_mask_token_has_a_gradient_in_every_step(merge, path):
+    """DistributedDataParallel waits for the gradient of each parameter that learns."""
+    model = wrapped(hosts.DiT().train(), merge=merge, learnable_mask=True)
+    with sprint.path(model, path):
+        output = model(X, T)
+    output.square().mean().backward()
+    assert all(parameter.grad is not None for parameter in model.sprint.parameters())
+    frozen = wrapped(hosts.DiT().train(), merge=merge, learnable_mask=False)
+    assert path == "sparse" or frozen(X, T).equal(output)
+
+
+def test_work_on_the_whole_batch_between_middle_blocks_is_no_guided_batch():
+    class Adding(hosts.DiT):
+        def forward(self, x, t):
+            tokens, cond = self.embed(x).flatten(2).transpose(1, 2) + self.position, t[:, None].expand(-1, 16)
+            for block in self.blocks:
+                tokens = block(tokens, cond) + x.mean((1, 2, 3))[:, None, None]
+            return tokens
+
+    model = wrapped(Adding().eval())
+    model.sprint.weak_half = "first"
+    with torch.no_grad(), pytest.raises(ValueError, match="works with the whole batch between them: guide it in two calls"):
+        model(X.repeat(2, 1, 1, 1), T.repeat(2))

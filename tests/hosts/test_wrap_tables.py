@@ -56,8 +56,8 @@ class Rope(nn.Module):
 
 NOISE = torch.randn(64, 16, generator=torch.Generator().manual_seed(2))
 CASES = {
-    "module": (lambda b, f, x, c, s: f(x + attend(x, rope=s), c), Rope(), Table(dim=0, batched=False, heads=True)),
-    "mask": (lambda b, f, x, c, s: f(x + attend(x, s), c), NOISE[:16, :16], Table(dim=(0, 1), batched=False, heads=True)),
+    "module": (lambda b, f, x, c, s: f(x + attend(x, rope=s), c), Rope(), Table(dim=0, batched=False)),
+    "mask": (lambda b, f, x, c, s: f(x + attend(x, s), c), NOISE[:16, :16], Table(dim=(0, 1), batched=False)),
     "batched mask": (lambda b, f, x, c, s: f(x + attend(x, s), c), NOISE[:32].view(2, 1, 16, 16), Table(dim=(2, 3))),
     "longer": (lambda b, f, x, c, s: f(x + s[: x.shape[1]][None], c), NOISE, Table(dim=0, batched=False, longer=True)),
     "several": (
@@ -88,7 +88,7 @@ def test_tables_that_cannot_be_gathered():
     with pytest.raises(TypeError, match="'side' is a dict, and a Table is of a tensor"), sprint.path(model, "sparse"):
         model(X, T)
     model = wrapped(Side(lambda b, f, x, c, s: f(x, c), nn.Linear(3, 3)), {"side": Table(dim=0)})
-    with pytest.raises(ValueError, match="a Linear, none of whose buffers has 16 rows"), sprint.path(model, "sparse"):
+    with pytest.raises(ValueError, match="a Linear, none of whose tensors has 16 rows"), sprint.path(model, "sparse"):
         model(X, T)
 
 
@@ -266,3 +266,92 @@ def test_blocks_by_turns_over_space_and_time(path):
         model = wrapped(Turns(), host=host, drop=RandomDrop(0.5))
         with pytest.raises(ValueError, match="folds its tokens anew|for a batch of 2"), sprint.path(model, path):
             model(torch.randn(2, 2, 3, 8, 8), T)
+
+
+class Jit(hosts.DiT):
+    """JiT in small: rotary modules whose tables are attributes, the second one with rows for tokens that join later."""
+
+    class Rope(nn.Module):
+        def __init__(self, table):
+            super().__init__()
+            self.cos = table
+
+        def forward(self, q):
+            length, width = self.cos.shape
+            assert (q.shape[2], q.shape[3]) == (length, width)
+            return self.turned(q)
+
+        def turned(self, q):
+            return q * self.cos
+
+    class Holder(nn.Module):
+        def __init__(self, rope):
+            super().__init__()
+            self.inner = rope
+
+        def forward(self, q):
+            return self.inner(q)
+
+    class Block(hosts.Block):
+        def forward(self, x, c, feat_rope):
+            return super().forward(x + attend(x, rope=feat_rope), c)
+
+    def __init__(self, *, start, nested=False):
+        super().__init__(block=self.Block)
+        hold = self.Holder if nested else lambda rope: rope
+        self.start = start
+        self.feat_rope = hold(self.Rope(NOISE[:16, :8]))
+        self.feat_rope_incontext = hold(self.Rope(NOISE[:19, 8:]))
+
+    def forward(self, x, t):
+        tokens, cond = self.embed(x).flatten(2).transpose(1, 2) + self.position, t[:, None].expand(-1, 16)
+        for i, block in enumerate(self.blocks):
+            if i == self.start:
+                tokens = torch.cat([self.position[:, :3].expand(len(x), -1, -1), tokens], dim=1)
+            tokens = block(tokens, cond, self.feat_rope if i < self.start else self.feat_rope_incontext)
+        return nn.functional.fold(self.head(tokens[:, 3:]).transpose(1, 2), x.shape[-2:], 2, stride=2)
+
+
+@pytest.mark.parametrize("nested", [False, True])
+@pytest.mark.parametrize("start", [1, 2, 3])
+def test_tables_that_are_attributes_of_a_module_and_tokens_that_join_later(start, nested):
+    bare = wrapped(Jit(start=6), drop=RandomDrop(0.75))
+    with pytest.raises(ValueError, match="'feat_rope' of the blocks has the shape .16, 8."), sprint.path(bare, "sparse"):
+        bare(X, T)
+    rope = Table(dim=0, batched=False, stream="text+image")
+    host = Host((Blocks("blocks", stream="text+image", tables={"feat_rope": rope}),), image_tokens=lambda *_: 16)
+    model = wrapped(Jit(start=start, nested=nested), host=host)
+    report = sprint.check(model, X, T, repeats=1)
+    assert [finding.ok for finding in report.findings[:3]] == [True, True, True]
+
+
+def test_tables_that_forward_cuts_between_its_blocks():
+    """As minRF's: the rows are the kept tokens' at the first middle block, and as many as there are tokens at the next."""
+
+    class Cutting(hosts.DiT):
+        def forward(self, x, t):
+            tokens, cond = self.embed(x).flatten(2).transpose(1, 2) + self.position, t[:, None].expand(-1, 16)
+            for block in self.blocks:
+                tokens = block(tokens, cond, feat_rope=self.rope[: tokens.shape[1]])
+            return nn.functional.fold(self.head(tokens).transpose(1, 2), x.shape[-2:], 2, stride=2)
+
+    model = wrapped(Cutting(block=hosts.RotaryBlock, rope=True), {"feat_rope": Table(dim=0, batched=False)})
+    assert sprint.check(model, X, T, repeats=1).findings[2].ok
+
+
+def test_rows_per_token_in_a_dictionary_are_refused():
+    model = wrapped(Side(lambda b, f, x, c, s: f(x, c), {"deep": [NOISE[:16]]}))
+    with pytest.raises(ValueError, match="'side' of the blocks has the shape .16, 16."), sprint.path(model, "sparse"):
+        model(X, T)
+
+
+def test_rows_take_part_in_functions_of_torch():
+    from sprint.hosts.mechanism.tables import Rows
+
+    table, keep = NOISE, torch.tensor([[3, 1], [0, 9]])
+    rows, q = Rows(table[keep]), torch.randn(2, 5, 2, 16)
+    expected = torch.stack([q[i] * table[keep[i]].cos() for i in range(2)])
+    for found in (q * rows.cos(), rows.cos() * q, torch.mul(q, torch.cos(rows)), q * rows.double().cos().float()):
+        assert found.allclose(expected)
+    with pytest.raises(AttributeError, match="row set for each sample has no 'flatten'"):
+        rows.flatten()

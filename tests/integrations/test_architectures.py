@@ -8,12 +8,12 @@ from architectures import CASES
 
 import sprint
 from sprint import RandomDrop, StructuredDrop
-from sprint.hosts.checking import first_tensor
+from sprint.hosts.outputs import first_tensor
 
 diffusers = pytest.importorskip("diffusers")
 pytest.importorskip("timm")
 
-from sprint.diffusers import from_pretrained  # noqa: E402
+from sprint.diffusers import from_pretrained, path_drop_guidance  # noqa: E402
 
 GRIDS = dict.fromkeys(
     ("flux", "chroma", "flux2", "longcat", "krea2"), (4, 4)
@@ -185,6 +185,13 @@ def test_residual_controlnets_are_refused_before_anything_runs():
         sprint.path(model, "sparse"),
     ):
         model(**arguments, block_controlnet_hidden_states=residuals)
+    twice = {name: torch.cat([value] * 2) for name, value in arguments.items()}
+    residuals = [torch.cat([residual] * 2) for residual in residuals]
+    message = "block_controlnet_hidden_states cannot be given with weak_half"
+    with path_drop_guidance(model, weak_half="first"):
+        assert model(**twice) is not None
+        with pytest.raises(ValueError, match=message):
+            model(**twice, block_controlnet_hidden_states=residuals)
 
 
 def test_context_parallelism_is_refused_on_the_sparse_path(monkeypatch):
@@ -260,3 +267,30 @@ def test_folders_without_a_wrapped_model(tmp_path):
     model.save_pretrained(tmp_path)
     with pytest.raises(FileNotFoundError, match="no sprint.json, so no wrapped model was saved there"):
         from_pretrained(diffusers.DiTTransformer2DModel, tmp_path)
+
+
+def test_a_plain_model_saved_over_a_wrapped_one(tmp_path):
+    model, _ = wrapped("dit")
+    model.save_pretrained(tmp_path)
+    sprint.unwrap(model).save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="hold no fusion, though sprint.json is there.*delete sprint.json"):
+        from_pretrained(diffusers.DiTTransformer2DModel, tmp_path)
+
+
+def test_averages_of_diffusers_are_saved_with_the_fusion(tmp_path):
+    training = pytest.importorskip("diffusers.training_utils")
+    model, arguments = wrapped("dit")
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    loss = lambda model, x: first_tensor(model(x, *list(arguments.values())[1:])).mean()  # noqa: E731
+    losing = training.EMAModel(model.parameters(), model_cls=diffusers.DiTTransformer2DModel, model_config=model.config)
+    with pytest.raises(ValueError, match="would save a plain model, without the fusion.*ema.copy_to"):
+        sprint.TrainStep(model, loss, optimizer, ema=losing)
+    ema = training.EMAModel(model.parameters(), decay=0.5)
+    sprint.TrainStep(model, loss, optimizer, ema=ema)(next(iter(arguments.values())))
+    ema.store(model.parameters())
+    ema.copy_to(model.parameters())
+    model.save_pretrained(tmp_path)
+    ema.restore(model.parameters())
+    again = from_pretrained(diffusers.DiTTransformer2DModel, tmp_path)
+    for parameter, shadow in zip(again.parameters(), ema.shadow_params, strict=True):
+        assert parameter.equal(shadow)

@@ -9,7 +9,7 @@ from architectures import CASES
 
 import sprint
 from sprint import StructuredDrop
-from sprint.hosts.checking import first_tensor
+from sprint.hosts.outputs import first_tensor
 
 diffusers = pytest.importorskip("diffusers")
 pytest.importorskip("timm")

@@ -9,7 +9,7 @@ from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoi
 
 import sprint
 from sprint import StructuredDrop
-from sprint.hosts.checking import first_tensor
+from sprint.hosts.outputs import first_tensor
 
 pytest.importorskip("diffusers")
 

@@ -19,7 +19,7 @@ from torch._subclasses.fake_tensor import (
 )
 
 from sprint.costs.counting import count
-from sprint.hosts.checking import first_tensor
+from sprint.hosts.outputs import first_tensor
 from sprint.hosts.wrapping import SprintState, path, state_of
 from sprint.middle.drop import Drop
 from sprint.models.config import SiTConfig

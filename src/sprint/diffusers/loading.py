@@ -46,6 +46,11 @@ def from_pretrained(model_class: Any, folder: PathLike, *, drop: Drop | None = N
         for name, tensor in read_tensors(file)[0].items()
         if name.startswith("sprint.")
     }
+    if not fusion and model.sprint.state_dict():
+        raise ValueError(
+            f"the weights in {source} hold no fusion, though {OPTIONS_FILE} is there: a model that was not wrapped was saved"
+            f" over them. Load it with {model_class.__name__}.from_pretrained, or delete {OPTIONS_FILE} and wrap it anew"
+        )
     load_weights(model.sprint, fusion, source=str(source))
     return model
 

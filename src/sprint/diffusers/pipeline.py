@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from sprint.checkpoint import PathLike, write_text
 from sprint.diffusers.loading import from_pretrained
 from sprint.flow.guidance import Guidance, predict
-from sprint.hosts.checking import first_tensor
+from sprint.hosts.outputs import first_tensor
 from sprint.models.sit import SiT
 
 _INDEX, _WEIGHTS = "model_index.json", "model.safetensors"

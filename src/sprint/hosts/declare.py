@@ -22,14 +22,13 @@ Arguments = Mapping[str, Any]
 @dataclass(frozen=True)
 class Table:
     """A block argument with one row per token: a tensor, a tuple or list of tensors, which are gathered each, or a module
-    that keeps its tables as buffers.
+    that keeps its tables (as buffers, parameters or attributes, its own or its parts').
 
     Args:
         dim: axis of the tokens; several for a mask between tokens, such as (2, 3) of (B, 1, N, N).
         stream: the tokens that its rows belong to.
-        batched: whether axis 0 is the batch. A table without one, (N, *), is handed on with a row set for each sample.
-        broadcast: the model multiplies a table without a batch as it is, instead of adding an axis for the batch.
-        heads: as `broadcast`, with queries (B, heads, N, D): an axis for the heads is added behind the batch.
+        batched: whether axis 0 is the batch. A table without one, (N, *), is handed on with a row set for each sample, which
+            broadcasts and indexes like the one that it replaces.
         item: of a tuple, only this element.
         ndim: a table only when the tensor has this many axes (modulation per token instead of per sample).
         longer: the table has rows for more tokens than there are; the first N belong to them.
@@ -38,8 +37,6 @@ class Table:
     dim: int | tuple[int, ...] = 1
     stream: Stream = "image"
     batched: bool = True
-    broadcast: bool = False
-    heads: bool = False
     item: int | None = None
     ndim: int | None = None
     longer: bool = False

@@ -282,7 +282,7 @@ declare(
         (
             Blocks(
                 "transformer_blocks",
-                tables={"image_rotary_emb": Table(dim=0, batched=False, broadcast=True)},
+                tables={"image_rotary_emb": Table(dim=0, batched=False)},
                 **_IMAGE_FIRST,
             ),
         ),

@@ -145,6 +145,10 @@ class Fusion(nn.Module, ABC):
         draws = deep is not None and self.sources != "shallow" and self.training and self.path_drop > 0
         if draws and dropped is None:
             dropped = uniform((len(shallow),), device=shallow.device, generator=generator) < self.path_drop
+        mask = getattr(self, "mask_token", None)
+        if deep is not None and subset is None and dropped is None and mask is not None and mask.requires_grad:
+            # A trained mask token takes part in every step: DistributedDataParallel waits for its gradient.
+            dropped = torch.zeros(len(shallow), dtype=torch.bool, device=shallow.device) if self.training else None
         return self.fuse(shallow, deep, subset, dropped)
 
 

@@ -20,7 +20,7 @@ class Averages(Part):
         decay: of a copied model.
 
     Raises:
-        ValueError: not a copy of this model.
+        ValueError: not a copy of this model, or one that would save it without its fusion.
         TypeError: none of these.
     """
 
@@ -38,6 +38,12 @@ class Averages(Part):
         elif isinstance(ema, nn.Module):
             self._pairs = _pairs(model, ema)
         elif hasattr(ema, "step"):
+            if getattr(ema, "model_cls", None) is not None and hasattr(model, "sprint"):
+                raise ValueError(
+                    "this EMAModel would save a plain model, without the fusion of the wrapped one: leave model_cls and "
+                    "model_config out, and save its weights with ema.store(model.parameters()), "
+                    "ema.copy_to(model.parameters()), model.save_pretrained(folder), ema.restore(model.parameters())"
+                )
             self.after = lambda: ema.step(model.parameters())
         else:
             raise TypeError(f"ema must be a copy of the model, or have step or update_parameters, got {type(ema).__name__}")

@@ -58,20 +58,29 @@ class path:
         self.grid = check_grid(grid)
         self.before: list[tuple[Chosen, tuple[int, ...] | None]] = []
         self.entered = False
+        self.holding: list[Any] = []
         self._choose()
 
     def _choose(self) -> None:
+        if not torch.compiler.is_compiling():
+            self.state.refuse_other_threads()
         self.before.append((self.state.route, self.state.grid))
         self.state.route = self.route
         self.state.grid = self.grid or self.state.grid
 
     def __enter__(self) -> None:
+        if not torch.compiler.is_compiling():
+            holding = self.state.held()
+            holding.__enter__()
+            self.holding.append(holding)
         if self.entered or self.state.route is not self.route:  # a second time, or other paths were chosen in between
             self._choose()
         self.entered = True
 
     def __exit__(self, *error: object) -> None:
         self.state.route, self.state.grid = self.before.pop()
+        if self.holding:
+            self.holding.pop().__exit__(None, None, None)
 
 
 def check_drop(drop: Any) -> None:

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
+from torch.utils._pytree import tree_map
 from torch.utils.checkpoint import checkpoint
 
 from sprint.hosts.declare import Arguments, Stream
@@ -20,11 +21,16 @@ from sprint.hosts.mechanism.keep import Keeper
 from sprint.hosts.mechanism.places import Place
 from sprint.hosts.mechanism.recompute import Debt, draws
 from sprint.hosts.mechanism.sides import hint, refuse_undeclared
-from sprint.hosts.mechanism.tables import gather_rows
+from sprint.hosts.mechanism.tables import cut_to, gather_rows
 from sprint.random import uniform
 
 if TYPE_CHECKING:
     from sprint.hosts.mechanism.state import SprintState
+
+HALF_A_BATCH = (
+    "one half of the batch takes the shallow path, so the middle blocks run with the other half alone, and this model works "
+    "with the whole batch between them: guide it in two calls, without weak_half"
+)
 
 
 class Route:
@@ -118,13 +124,12 @@ class Route:
         """What cannot work with fewer tokens raises before anything runs."""
         if not torch.compiler.is_compiling():
             self._refuse_recomputed()
-        if self.path == "full":
+        if self.path == "full" and self.state.weak_half is None:
             return
         for name, reason in self.state.host.refused.items():
             if self.arguments.get(name) is not None:
-                raise ValueError(
-                    f"{name} cannot be given on the {self.path} path, {reason}: leave it out, or use the full path"
-                )
+                where = "with weak_half" if self.path == "full" else f"on the {self.path} path"
+                raise ValueError(f"{name} cannot be given {where}, {reason}: leave it out, or use the full path")
         if self.path == "sparse" and getattr(self.model, "_parallel_config", None) is not None:
             raise ValueError(
                 "context parallelism splits the tokens before they can be dropped: turn it off on the sparse path"
@@ -148,8 +153,10 @@ class Route:
     def _refuse_other_batch(self, place: Place, tokens: Tensor) -> None:
         """Tokens are dropped along axis 1, and paths along axis 0, which must be the batch."""
         drops = self.path == "sparse" or (self.state.training and self.state.path_drop > 0)
+        if self.state.declared or not drops:
+            return  # before sizes are looked at, each of which would be a graph of its own
         batches = {len(x) for x in self.arguments.values() if isinstance(x, Tensor) and x.ndim > 1}
-        if self.state.declared or not drops or not batches or len(tokens) in batches:
+        if not batches or len(tokens) in batches:
             return
         raise ValueError(
             f"blocks {place.blocks.name!r} got tokens of the shape {tuple(tokens.shape)} for a batch of "
@@ -227,6 +234,9 @@ class Route:
         for name, table in place.blocks.tables.items():
             value = named.get(name)
             if value is None:
+                continue
+            if name in self.tables and cut_to(value, table, self.subset.num_kept, self.num_tokens or 0):
+                named[name] = self.tables[name][1]  # the host's own forward cut it to what it sees of the tokens
                 continue
             if name not in self.tables or self.tables[name][0] is not value:
                 shared = bool(getattr(self.drop, "shared", False))
@@ -322,14 +332,12 @@ class Route:
         batch, strong = len(self.shallow), self.strong
 
         def take(value: Any) -> Any:
-            if isinstance(value, (tuple, list)):
-                return type(value)(take(item) for item in value)
             return value[strong] if isinstance(value, Tensor) and value.ndim and len(value) == batch else value
 
         for name, value in named.items():
             tables = place.blocks.tables.get(name, ())
             if all(table.batched for table in (tables if isinstance(tables, tuple) else (tables,))):
-                named[name] = take(value)
+                named[name] = tree_map(take, value)
 
     def _all_rows(self, image: Tensor, text: Tensor | None) -> tuple[Tensor, Tensor | None]:
         """Back to the whole batch, whose weak half has lost its deep path."""

@@ -1,6 +1,8 @@
 """What `wrap` adds to a model, and how it is found behind what holds the model."""
 
-from collections.abc import Mapping
+import threading
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any, Literal
 
 import torch
@@ -39,6 +41,39 @@ class SprintState(nn.Module):
         self.masked: Masked | None = None  # nothing is gathered, and attention masked instead, for `check`
         self.route: Chosen = ("full", None, None, None)
         self.latest: Chosen = self.route  # of the last forward pass
+        self.held_by: list[int] = []  # the thread, as often as it is within a call or a `with path(...)`
+
+    @contextmanager
+    def held(self) -> Iterator[None]:
+        """Keep other threads out, which would take this one's path or run through its blocks.
+
+        Raises:
+            RuntimeError: another thread holds the model.
+        """
+        if torch._C._current_graph_task_id() != -1:  # autograd's thread, which recomputes for the one that waits
+            yield
+            return
+        self.refuse_other_threads()
+        self.held_by.append(threading.get_ident())
+        try:
+            yield
+        finally:
+            self.held_by.pop()
+
+    def refuse_other_threads(self) -> None:
+        """Raise RuntimeError where another thread is at work."""
+        if self.held_elsewhere():
+            raise RuntimeError(
+                "this wrapped model is at work in another thread, and it runs one call and has one path at a time: use a "
+                "lock, or a copy of the model (sharing its parameters, if need be) for each thread"
+            )
+
+    def held_elsewhere(self) -> bool:
+        """Whether another thread is at work."""
+        return bool(self.held_by) and self.held_by[-1] != threading.get_ident()
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "held_by": []}  # a copy is held by nobody
 
     def arguments(self, args: tuple, kwargs: Mapping[str, Any]) -> dict[str, Any]:
         """The arguments of the model's forward by name, in the order of its signature."""

@@ -1,13 +1,32 @@
 """Side inputs with one row per token, gathered with the tokens."""
 
+import types
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves, tree_map
 
 from sprint.hosts.declare import Stream, Table
 from sprint.middle.tokens import TokenSubset
+
+_PROPERTIES = {"dtype", "device", "layout", "requires_grad", "is_complex", "is_floating_point"}
+_ELEMENTWISE = {
+    "to",
+    "float",
+    "half",
+    "bfloat16",
+    "double",
+    "type",
+    "contiguous",
+    "clone",
+    "detach",
+    "cos",
+    "sin",
+    "exp",
+    "neg",
+}
 
 
 class Rows:
@@ -15,11 +34,26 @@ class Rows:
     replaces.
 
     Models lift such a table over the batch themselves, with `table[None, :, None]` or `table.unsqueeze(1)`; here the
-    leading axis that they add is the batch, which is already there. A slice of at least K rows is the whole table.
+    leading axis that they add is the batch, which is already there. A slice of at least K rows is the whole table. In a
+    function of torch beside tensors of more axes, the batch comes first and the others stay the last ones.
     """
 
     def __init__(self, rows: Tensor) -> None:
         self.rows = rows
+
+    @classmethod
+    def __torch_function__(cls, func: Any, types: Any, args: tuple = (), kwargs: Any = None) -> Any:
+        plain = [value.ndim for value in tree_leaves((args, kwargs)) if isinstance(value, Tensor)]
+
+        def among(value: Any) -> Any:
+            if not isinstance(value, Rows):
+                return value
+            between = max(plain, default=0) - value.rows.ndim
+            return value.rows.reshape(len(value.rows), *[1] * between, *value.shape)
+
+        args, kwargs = tree_map(among, (args, kwargs or {}))
+        result = func(*args, **kwargs)
+        return result if plain or not isinstance(result, Tensor) else Rows(result)
 
     def __getitem__(self, index: Any) -> Any:
         index = index if isinstance(index, tuple) else (index,)
@@ -61,23 +95,35 @@ class Rows:
     def __len__(self) -> int:
         return self.rows.shape[1]
 
-    def to(self, *args: Any, **kwargs: Any) -> "Rows":
-        """As `Tensor.to`."""
-        return Rows(self.rows.to(*args, **kwargs))
+    def __getattr__(self, name: str) -> Any:
+        """Dtype and device, and the methods that change each number by itself."""
+        if name in _PROPERTIES:
+            return getattr(self.rows, name)
+        if name not in _ELEMENTWISE:
+            raise AttributeError(f"a table with a row set for each sample has no {name!r}")
+        return lambda *args, **kwargs: Rows(getattr(self.rows, name)(*args, **kwargs))
 
 
 class GatheredModule:
-    """A module whose tables, buffers with one row per token, are gathered: called like the module."""
+    """A module whose tables are gathered: its own `forward` and methods, which see the kept rows."""
 
-    def __init__(self, module: nn.Module, tables: dict[str, Tensor]) -> None:
+    def __init__(self, module: nn.Module, tables: dict[str, Any]) -> None:
         self.module, self.tables = module, tables
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        return torch.func.functional_call(self.module, self.tables, args, kwargs)
+        return type(self.module).forward(self, *args, **kwargs)  # pyright: ignore[reportArgumentType]
 
     def __getattr__(self, name: str) -> Any:
-        tables = self.__dict__.get("tables", {})
-        return tables[name] if name in tables else getattr(self.module, name)
+        if name in self.__dict__.get("tables", {}):
+            return self.tables[name]
+        method = getattr(type(self.module), name, None)
+        return types.MethodType(method, self) if isinstance(method, types.FunctionType) else getattr(self.module, name)
+
+
+def kept_in(module: nn.Module) -> dict[str, Tensor]:
+    """The tensors that a module itself keeps: buffers, parameters and plain attributes."""
+    own = {**module._buffers, **module._parameters, **vars(module)}
+    return {name: value for name, value in own.items() if isinstance(value, Tensor)}
 
 
 def gather_rows(
@@ -92,7 +138,7 @@ def gather_rows(
     """The rows of the kept image tokens and of all text tokens.
 
     Args:
-        value: a tensor, a tuple or list of them, or a module with tables as buffers; axes of length 1, and tensors with
+        value: a tensor, a tuple or list of them, or a module that keeps its tables; axes of length 1, and tensors with
             another number of axes than the declaration says, are returned as they are.
         tables: its declaration; of several, each takes the tensors that it fits.
         subset: kept tokens of the image.
@@ -108,6 +154,13 @@ def gather_rows(
     for table in tables if isinstance(tables, tuple) else (tables,):
         value = gathering.of(value, table)
     return value
+
+
+def cut_to(value: Any, table: Table | tuple[Table, ...], kept: int, num_tokens: int) -> bool:
+    """Whether a table has the rows of the kept tokens alone, as where a host cuts `table[: x.shape[1]]` between blocks."""
+    if kept == num_tokens or not isinstance(value, Tensor) or isinstance(table, tuple) or not isinstance(table.dim, int):
+        return False
+    return -value.ndim <= table.dim < value.ndim and value.shape[table.dim] == kept
 
 
 @dataclass(frozen=True)
@@ -130,7 +183,7 @@ class _Gathering:
         if not isinstance(value, Tensor):
             raise TypeError(
                 f"argument {self.name!r} is a {type(value).__name__}, and a Table is of a tensor, a tuple or list of them, "
-                "or a module with tables as buffers: pass it to the blocks as one of these"
+                "or a module that keeps its tables: pass it to the blocks as one of these"
             )
         return value if table.ndim not in (None, value.ndim) else self._of_tensor(value, table)
 
@@ -145,9 +198,7 @@ class _Gathering:
         value = value[None]  # a row set for each sample
         for axis in axes:
             value = self._along(value, axis + 1, table, axis)
-        if table.heads:
-            return value.unsqueeze(1)  # (B, 1, K, *)
-        return value if table.broadcast else Rows(value)
+        return Rows(value)
 
     def _along(self, value: Tensor, axis: int, table: Table, declared_axis: int) -> Tensor:
         subset = self.subset
@@ -170,19 +221,29 @@ class _Gathering:
         return subset.gather(value.movedim(axis, 1)).movedim(1, axis)
 
     def _of_module(self, module: nn.Module, table: Table) -> GatheredModule:
-        axis = table.dim if isinstance(table.dim, int) else table.dim[0]
-        plain = replace(table, broadcast=True)
-        tables = {
-            key: self.of(value, plain)
-            for key, value in (*module.named_buffers(), *module.named_parameters())
-            if -value.ndim <= axis < value.ndim and value.shape[axis] == self.subset.num_tokens
-        }
+        tables: dict[str, Any] = {key: self.of(value, table) for key, value in self._rows_of(module, table)}
+        inner = {name: child for name, child in module.named_children() if any(self._all_rows_of(child, table))}
+        tables |= {name: self._of_module(child, table) for name, child in inner.items()}
         if not tables:
             raise ValueError(
-                f"argument {self.name!r} is a {type(module).__name__}, none of whose buffers has {self.subset.num_tokens} "
-                f"rows along axis {axis}: correct its Table in the declaration"
+                f"argument {self.name!r} is a {type(module).__name__}, none of whose tensors has {self.subset.num_tokens} "
+                f"rows along axis {table.dim}: correct its Table in the declaration"
             )
         return GatheredModule(module, tables)
+
+    def _rows_of(self, module: nn.Module, table: Table) -> list[tuple[str, Tensor]]:
+        """The module's own tensors with one row per token, and per text token before or behind them."""
+        axis, num_tokens = table.dim if isinstance(table.dim, int) else table.dim[0], self.subset.num_tokens
+        more = table.stream != "image" or table.longer
+
+        def fits(value: Tensor) -> bool:
+            rows = value.shape[axis] if -value.ndim <= axis < value.ndim else 0
+            return rows == num_tokens or (more and rows > num_tokens)
+
+        return [(name, value) for name, value in kept_in(module).items() if fits(value)]
+
+    def _all_rows_of(self, module: nn.Module, table: Table) -> list[tuple[str, Tensor]]:
+        return [found for inner in module.modules() for found in self._rows_of(inner, table)]
 
 
 def _with_text(subset: TokenSubset, rows: int, stream: Stream) -> TokenSubset:

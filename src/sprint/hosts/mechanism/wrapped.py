@@ -8,12 +8,13 @@ import types
 from collections.abc import Callable
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from sprint.checkpoint import write_text
 from sprint.hosts.mechanism.bound import Bound, BoundList, bind
 from sprint.hosts.mechanism.paths import path
-from sprint.hosts.mechanism.route import Route
+from sprint.hosts.mechanism.route import HALF_A_BATCH, Route
 from sprint.hosts.mechanism.state import SprintState, own_state
 
 OPTIONS_FILE = "sprint.json"  # beside a saved model of diffusers: how it was wrapped
@@ -71,13 +72,23 @@ def _opens(model: Any) -> bool:
     A model made from a wrapped one's class, or one that was unwrapped, has no state, and runs as the host.
     """
     state, route = own_state(model), model.__dict__.get("_sprint")
-    return state is not None and not state.bypassed and (route is None or route.opened)
+    if state is None or state.bypassed:
+        return False
+    return route is None or route.opened or (not torch.compiler.is_compiling() and state.held_elsewhere())
 
 
 def _routed(model: Any, call: Callable[..., Any], args: tuple, kwargs: dict[str, Any], *, opened: bool = False) -> Any:
-    """Run the host while its block lists know the route; a call within a call has a route of its own."""
+    """Run the host on its route, with other threads kept out."""
     state = own_state(model)
     assert state is not None
+    if torch.compiler.is_compiling():
+        return _on_route(model, state, call, args, kwargs, opened=opened)
+    with state.held():
+        return _on_route(model, state, call, args, kwargs, opened=opened)
+
+
+def _on_route(model: Any, state: SprintState, call: Callable[..., Any], args: tuple, kwargs: dict, *, opened: bool) -> Any:
+    """Run the host while its block lists know the route; a call within a call has a route of its own."""
     route = Route(state, model, state.arguments(args, kwargs))
     route.opened = opened
     lists = []
@@ -97,6 +108,10 @@ def _routed(model: Any, call: Callable[..., Any], args: tuple, kwargs: dict[str,
     model.__dict__["_sprint"] = route
     try:
         output = call(*args, **kwargs)
+    except RuntimeError as error:
+        if route.strong is None or route.fused or torch.compiler.is_compiling():
+            raise
+        raise ValueError(f"{HALF_A_BATCH} ({error})") from error
     finally:
         route.finished = True
         model.__dict__["_sprint"] = outer
