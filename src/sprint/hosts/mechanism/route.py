@@ -92,7 +92,7 @@ class Route:
 
     def _call(self, place: Place, block: Callable[..., Any], named: dict[str, Any], args: tuple, kwargs: dict) -> Any:
         if self.state.masked is not None and self.subset is not None:
-            with self.state.masked.of(self.subset):
+            with self.state.masked.of(self.subset, self.order):
                 return place.call(block, named, args, kwargs)
         if self.path != "sparse" or torch.compiler.is_compiling():
             return place.call(block, named, args, kwargs)
@@ -204,7 +204,7 @@ class Route:
         self.shallow, self.text, self.dropped = image, text, dropped
         self.captured_outside = torch.is_grad_enabled()
         if subset is not None:
-            self.subset = self.keeper.in_cells(subset) if place.blocks.sides else subset
+            self.subset = self.keeper.in_cells(subset) if place.unfolds else subset
 
     def _pay(self, place: Place, named: dict[str, Any], image: Tensor, text: Tensor | None) -> None:
         """Give the first block's arguments the gradients of what was captured from them."""
@@ -234,18 +234,18 @@ class Route:
                 self.tables[name] = (value, rows)
             named[name] = self.tables[name][1]
         if place.sides:
-            rows, columns = self.keeper.cells(self.num_tokens or 0)
+            group = self.keeper.cells(self.num_tokens or 0)
             if len(place.sides) == 1:
                 (name,) = place.sides
-                height, width = named[name]
-                named[name] = type(named[name])((height // rows, width // columns))
+                named[name] = type(named[name])(side // n for side, n in zip(named[name], group, strict=True))
             else:
-                for name, side in zip(place.sides, (rows, columns), strict=True):
-                    named[name] = named[name] // side
+                for name, n in zip(place.sides, group[-len(place.sides) :], strict=True):
+                    named[name] = named[name] // n
 
     def _leave(self, place: Place, parts: dict[str, Any]) -> dict[str, Any]:
         """Restore and fuse after the last middle block; samples that lost their deep path get the encoder's text too."""
-        stream = parts["image"] if self.path == "sparse" else self._sorted(parts["image"])
+        gathered = self.path == "sparse" and self.state.masked is None
+        stream = parts["image"] if gathered else self._sorted(parts["image"])
         image, text = self._split(place.blocks.stream, stream)
         if self.state.masked is not None and self.subset is not None:
             image = self.subset.gather(image)
@@ -324,6 +324,8 @@ class Route:
         def take(value: Any) -> Any:
             if isinstance(value, (tuple, list)):
                 return type(value)(take(item) for item in value)
+            if isinstance(value, dict):
+                return {key: take(item) for key, item in value.items()}
             return value[strong] if isinstance(value, Tensor) and value.ndim and len(value) == batch else value
 
         for name, value in named.items():
@@ -356,10 +358,13 @@ class Route:
             return image
         return torch.cat([text, image] if stream == "text+image" else [image, text], dim=1)
 
-    def _text_then_image(self, stream: Tensor) -> Tensor:
+    def _text_then_image(self, stream: Tensor) -> Tensor | None:
         """(B, L), the places of each sample's text and padding in a joint stream, and then of its image."""
         assert self.state.host.image_starts is not None
-        starts = self.state.host.image_starts(self.model, self.arguments).to(stream.device).view(-1, 1)
+        starts = self.state.host.image_starts(self.model, self.arguments)
+        if starts is None:
+            return None
+        starts = starts.to(stream.device).view(-1, 1)
         places = torch.arange(stream.shape[1], device=stream.device)
         is_image = (places >= starts) & (places < starts + (self.num_tokens or 0))
         return is_image.int().argsort(dim=1, stable=True)

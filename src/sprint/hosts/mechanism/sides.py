@@ -49,7 +49,7 @@ def hint(place: Place, named: Mapping[str, Any], num_tokens: int, *, shared: boo
 
 
 def _has_rows(value: Any) -> bool:
-    values = value if isinstance(value, (tuple, list)) else (value,)
+    values = value.values() if isinstance(value, Mapping) else value if isinstance(value, (tuple, list)) else (value,)
     return any(isinstance(item, (Rows, GatheredModule)) for item in values)
 
 
@@ -71,6 +71,8 @@ def _tensors(place: Place, named: Mapping[str, Any]) -> Iterator[tuple[str, Tens
         if name in (place.image, place.blocks.text, *place.blocks.tables, *place.blocks.others):
             continue
         values = value if isinstance(value, (tuple, list)) else (value,)
+        if isinstance(value, Mapping):
+            values = (*value.values(),)
         if isinstance(value, nn.Module):
             values = (*value.buffers(),)  # rotary tables of LightningDiT
         yield from ((name, tensor) for tensor in values if isinstance(tensor, Tensor))
