@@ -322,6 +322,14 @@ def test_a_refused_architecture():
         sprint.wrap(model)
 
 
+@pytest.mark.parametrize("path", ["full", "sparse", "shallow"])
+def test_the_middle_ends_before_a_decoder_of_other_tokens(path):
+    model, arguments = wrapped("motif_video", decoder_depth=0)
+    message = "last 1 blocks of MotifVideoTransformer3DModel work on other tokens .*decoder_depth=1 or more"
+    with pytest.raises(ValueError, match=message), sprint.path(model, path):
+        model(**arguments)
+
+
 def test_video_blocks_that_unfold_their_tokens_keep_all_frames():
     model, arguments = wrapped("sana_video", drop=StructuredDrop(group=(2, 2, 2), keep=1))
     with pytest.raises(ValueError, match=r"one token per group can be kept, in every frame, got 1 of \(2, 2, 2\)"):

@@ -277,6 +277,7 @@ _hunyuan("HunyuanImageTransformer2DModel")
 _hunyuan(
     "MotifVideoTransformer3DModel",
     others=("image_embed_seq_len",),
+    image_tokens=layouts.all_before_decoder,
     note="its last num_decoder_layers blocks work on other tokens: use as many decoder blocks or more",
 )
 _diffusers(

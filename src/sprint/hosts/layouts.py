@@ -93,6 +93,17 @@ def last_rows(model: Any, arguments: Arguments, length: int) -> int:
     return math.prod(model.sprint.grid) if rows is None else rows
 
 
+def all_before_decoder(model: Any, arguments: Arguments, length: int) -> int:
+    """All tokens of a Motif video, whose last blocks, a decoder, work on others: the middle must end before them."""
+    layers = model.config.num_decoder_layers
+    if model.sprint.options["decoder_depth"] < layers:
+        raise ValueError(
+            f"the last {layers} blocks of {type(model).__name__} work on other tokens than those before: wrap it with "
+            f"decoder_depth={layers} or more"
+        )
+    return length
+
+
 def with_context(model: Any, arguments: Arguments, length: int) -> int:
     """How many tokens the image and the condition images behind it have, in Bria Fibo 2."""
     images = (arguments["hidden_states"], *(arguments.get("context_latents") or ()))
