@@ -1,4 +1,5 @@
-"""Where a model's image tokens stand, read from the arguments of its `forward`: the token grid, and where an image begins.
+"""Where a model's image tokens stand, read from the arguments of its `forward`: their grid, how many they are, where they
+begin.
 
 Most of it is read off shapes. Where only the values of a small tensor tell it, such as `img_ids`, that tensor is copied to
 the host, once for as long as it lives. It cannot be while torch.compile traces or a CUDA graph is captured: then nothing is
@@ -6,6 +7,7 @@ found, and a grid that the user gave stands.
 """
 
 import math
+import sys
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -112,14 +114,13 @@ def with_context(model: Any, arguments: Arguments, length: int) -> int:
 
 def gist_starts(model: Any, arguments: Arguments) -> Tensor | None:
     """Where a Bria Fibo 2 image begins: behind its gist tokens, but before them where samples have not as many."""
-    from diffusers.models.transformers.transformer_bria_fibo2 import compute_gist_count
-
     mask, c = arguments.get("encoder_attention_mask"), model.config
     if mask is None:
         return None
     lengths = mask.sum(dim=1).tolist()
     limits = (c.min_num_gist_tokens, c.max_num_gist_tokens, c.gist_step, c.gist_min_text_len, c.gist_max_text_len)
-    return None if len({*compute_gist_count(lengths, *limits)}) == 1 else torch.zeros(len(lengths), dtype=torch.long)
+    counts = sys.modules[type(model).__module__].compute_gist_count(lengths, *limits)
+    return None if len({*counts}) == 1 else torch.zeros(len(lengths), dtype=torch.long)
 
 
 def _patched(model: Any, lengths: Sequence[int]) -> Grid:

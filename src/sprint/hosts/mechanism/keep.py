@@ -65,19 +65,21 @@ class Keeper:
             )
         if grid is None:
             grid = patch_grid(sides, num_tokens) if host.grid is None and sides is not None else told
-        structured = isinstance(self.drop, StructuredDrop)
-        fits = grid is not None and (math.prod(grid) <= num_tokens if host.always_kept else math.prod(grid) == num_tokens)
-        if grid is not None and fits and not (structured and len(grid) == 1):
+        structured, others = isinstance(self.drop, StructuredDrop), host.always_kept is not None
+        length = 0 if grid is None else math.prod(grid)
+        fits = length == num_tokens or (others and length < num_tokens)
+        if grid is not None and fits and (len(grid) > 1 or not structured):
             return grid
         # Without a grid other samplers can draw, but tokens of which nothing is known may be class tokens or registers.
-        doubtful = (sides is not None and not self.state.declared) or host.always_kept is not None
-        if self.state.grid is None and not structured and not doubtful:
+        doubtful = sides is not None and not self.state.declared
+        if self.state.grid is None and not structured and not doubtful and not others:
             return (num_tokens,)
         name = type(self.model).__name__
         raise ValueError(
             f"the token grid of {name} is {'unknown' if grid is None or len(grid) == 1 else grid} for {num_tokens} tokens: "
-            "give it, sprint.wrap(…, grid=(rows, columns)) or sprint.path(model, 'sparse', grid=…), or use RandomDrop"
-            + ("" if self.state.declared or not doubtful else _PREFIX.format(name))
+            "give it, sprint.wrap(…, grid=(rows, columns)) or sprint.path(model, 'sparse', grid=…)"
+            + ("" if others and not length else ", or use RandomDrop")
+            + (_PREFIX.format(name) if doubtful else "")
         )
 
     def cells(self, num_tokens: int) -> tuple[int, ...]:

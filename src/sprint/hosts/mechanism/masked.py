@@ -55,8 +55,8 @@ class Masked(TorchFunctionMode):
         elif (
             self.subset is not None and func is F.multi_head_attention_forward
         ):  # of (L, B, C), and with its own call within
-            tokens = args[0].shape[0]
-            if self._between_tokens(tokens, args[1].shape[0]):
+            tokens = args[1].shape[0]
+            if self._between_tokens(args[0].shape[0], tokens):
                 lost = torch.zeros(args[0].shape[1], tokens, dtype=args[0].dtype, device=args[0].device)
                 lost.masked_fill_(~self._seen(self.subset, tokens), float("-inf"))
                 given = kwargs.get("key_padding_mask")
