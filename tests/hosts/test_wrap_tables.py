@@ -65,6 +65,11 @@ CASES = {
         (NOISE[:16], NOISE[None, 16:32].repeat(2, 1, 1)),
         (Table(dim=0, batched=False, item=0), Table(dim=2, item=1)),
     ),
+    "dict": (
+        lambda b, f, x, c, s: f(x + s["rope"][None] * s["scale"], c),
+        {"rope": NOISE[:16], "scale": NOISE[0]},
+        Table(dim=0, batched=False, item="rope"),
+    ),
 }
 
 
@@ -84,8 +89,8 @@ def test_tables_of_blocks_that_take_any_keyword():
 
 
 def test_tables_that_cannot_be_gathered():
-    model = wrapped(Side(lambda b, f, x, c, s: f(x, c), {"rope": NOISE}), {"side": Table()})
-    with pytest.raises(TypeError, match="'side' is a dict, and a Table is of a tensor"), sprint.path(model, "sparse"):
+    model = wrapped(Side(lambda b, f, x, c, s: f(x, c), {3}), {"side": Table()})
+    with pytest.raises(TypeError, match="'side' is a set, and a Table is of a tensor"), sprint.path(model, "sparse"):
         model(X, T)
     model = wrapped(Side(lambda b, f, x, c, s: f(x, c), nn.Linear(3, 3)), {"side": Table(dim=0)})
     with pytest.raises(ValueError, match="a Linear, none of whose tensors has 16 rows"), sprint.path(model, "sparse"):
@@ -93,6 +98,9 @@ def test_tables_that_cannot_be_gathered():
 
 
 def test_what_is_not_declared():
+    model = wrapped(Side(CASES["dict"][0], CASES["dict"][1]))
+    with pytest.raises(ValueError, match="'side' of the blocks has the shape .16, 16."), sprint.path(model, "sparse"):
+        model(X, T)
     model = wrapped(Side(CASES["module"][0], Rope()))
     with pytest.raises(ValueError, match="'side' of the blocks has the shape .16, 8."), sprint.path(model, "sparse"):
         model(X, T)

@@ -16,8 +16,7 @@ pytest.importorskip("diffusers")
 
 def wrapped(name):
     model, arguments = CASES[name]()
-    grid = (4, 4) if name == "flux" else None
-    return sprint.wrap(model, drop=StructuredDrop(0.75), init="xavier", grid=grid), arguments
+    return sprint.wrap(model, drop=StructuredDrop(0.75), init="xavier"), arguments
 
 
 def paths(model, arguments) -> torch.Tensor:

@@ -1,7 +1,7 @@
 """SPRINT inside models that exist: `wrap`, `check`, and declarations of architectures.
 
-`known` is what `wrap` knows of others' models, `declare` the words in which it is said, `checking` what proves a wrapping;
-how tokens find their way while a host's own forward runs is in `mechanism`.
+`known` is what `wrap` knows of others' models, `layouts` where their tokens stand, `declare` the words in which it is said,
+`checking` what proves a wrapping; how tokens find their way while a host's own forward runs is in `mechanism`.
 """
 
 from sprint.hosts import known as _known  # fills the register

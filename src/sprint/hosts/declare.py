@@ -21,15 +21,15 @@ Arguments = Mapping[str, Any]
 
 @dataclass(frozen=True)
 class Table:
-    """A block argument with one row per token: a tensor, a tuple or list of tensors, which are gathered each, or a module
-    that keeps its tables (as buffers, parameters or attributes, its own or its parts').
+    """A block argument with one row per token: a tensor, a tuple, list or dict of tensors, which are gathered each, or a
+    module that keeps its tables (as buffers, parameters or attributes, its own or its parts').
 
     Args:
         dim: axis of the tokens; several for a mask between tokens, such as (2, 3) of (B, 1, N, N).
         stream: the tokens that its rows belong to.
         batched: whether axis 0 is the batch. A table without one, (N, *), is handed on with a row set for each sample, which
             broadcasts and indexes like the one that it replaces.
-        item: of a tuple, only this element.
+        item: of a tuple, only this element; of a dict, only this key.
         ndim: a table only when the tensor has this many axes (modulation per token instead of per sample).
         longer: the table has rows for more tokens than there are; the first N belong to them.
     """
@@ -37,7 +37,7 @@ class Table:
     dim: int | tuple[int, ...] = 1
     stream: Stream = "image"
     batched: bool = True
-    item: int | None = None
+    item: int | str | None = None
     ndim: int | None = None
     longer: bool = False
 
@@ -54,7 +54,7 @@ class Blocks:
         returns: what the block returns, in order.
         tables: by parameter, the arguments with one row per token; several tables for a tuple of different tensors.
         sides: parameters with the rows and columns of the token grid, or one with both, for blocks that unfold it (one kept
-            token per group only).
+            token per group only, and all frames of a video); () if no parameter tells them.
         others: parameters that have no row per token, whatever their shape says (a text of as many tokens as the image);
             any other that seems to have one, or whose name says that it counts tokens, is refused on the sparse path.
         arguments: names for the block's arguments by position, for blocks of `(*args, **kwargs)`.
@@ -66,7 +66,7 @@ class Blocks:
     stream: Stream = "image"
     returns: tuple[Part, ...] = ("image",)
     tables: Mapping[str, Table | tuple[Table, ...]] = field(default_factory=dict)
-    sides: tuple[str, str] | str | None = None
+    sides: tuple[str, ...] | str | None = None
     others: tuple[str, ...] = ()
     arguments: tuple[str, ...] = ()
 
@@ -79,13 +79,14 @@ class Host:
         blocks: its runs of blocks, in the order in which `forward` calls them.
         width: attribute with the token width C (dots allowed), or a function of the model; None infers it from the blocks.
         grid: function of the model and `forward`'s arguments by name that gives the token grid, (rows, columns) or
-            (frames, rows, columns); None reads it off a first argument (B, C, H, W).
+            (frames, rows, columns), only (tokens,) where these form no grid, or None where they cannot be told; without one
+            it is read off a first argument (B, C, H, W).
         image_tokens: function of the model, `forward`'s arguments by name and the length of the stream that gives the
             number of image tokens, for models whose first block already has a joint stream.
         image_starts: function of the model and `forward`'s arguments by name that gives (B,) where the image begins in each
-            sample's joint stream, where captions of different lengths put it in different places.
-        always_kept: function of the model and `forward`'s arguments by name that gives how many of the first and of the last
-            image tokens are never dropped (a first frame, reference images); `grid` is that of the tokens between.
+            sample's joint stream, where captions of different lengths put it in different places, or None where they do not.
+        always_kept: at which end of the image stream its other tokens than those of the grid stand, which are never dropped
+            (a first frame, reference images, padding).
         refused: parameters of `forward` that cannot be given when tokens are dropped, and why.
         note: what a user should know.
     """
@@ -94,14 +95,15 @@ class Host:
     width: str | Callable[[Any], int] | None = None
     grid: Callable[[Any, Arguments], tuple[int, ...] | None] | None = None
     image_tokens: Callable[[Any, Arguments, int], int] | None = None
-    image_starts: Callable[[Any, Arguments], Tensor] | None = None
-    always_kept: Callable[[Any, Arguments], tuple[int, int]] | None = None
+    image_starts: Callable[[Any, Arguments], Tensor | None] | None = None
+    always_kept: Literal["first", "last"] | None = None
     refused: Mapping[str, str] = field(default_factory=dict)
     note: str = ""
 
 
 Pattern = Callable[[nn.Module], "Host | None"]
 _HOSTS: dict[type[nn.Module] | str, Host] = {}  # by class; "package.Class" for packages that may not be installed
+_REFUSED: dict[str, str] = {}  # by class: why its tokens cannot be dropped
 _PATTERNS: list[Pattern] = []  # of models that are told by their attributes
 
 
@@ -130,6 +132,11 @@ def register(model: type[nn.Module] | str, host: Host) -> None:
 def declare(name: str, host: Host) -> None:
     """Declare a class of a package that may not be installed: "package.Class", wherever in the package it is."""
     _HOSTS[name] = _checked(host, name)
+
+
+def refuse(name: str, reason: str) -> None:
+    """Declare that a class cannot be wrapped, and why, in words that follow "since"."""
+    _REFUSED[name] = reason
 
 
 def pattern(function: Pattern) -> Pattern:
@@ -164,17 +171,29 @@ def registered() -> list[str]:
     return sorted(name if isinstance(name, str) else f"{name.__module__}.{name.__qualname__}" for name in _HOSTS)
 
 
+def declared(kind: type) -> Host | str | None:
+    """What is said of a class of models, or of one that it is made from: its declaration, or why it cannot be wrapped."""
+    for base in kind.__mro__:
+        package, *_ = base.__module__.split(".")
+        name = f"{package}.{base.__name__}"
+        if base in _HOSTS or name in _HOSTS:
+            return _HOSTS.get(base) or _HOSTS[name]
+        if name in _REFUSED:
+            return _REFUSED[name]
+    return None
+
+
 def declaration(model: nn.Module) -> tuple[Host, bool]:
     """The declaration of a model, and whether there was one; without, its single list of blocks is taken as it is.
 
     Raises:
-        ValueError: nothing is registered, and there is no list of blocks or more than one.
+        ValueError: the model cannot be wrapped, or nothing is registered, and there is no list of blocks or more than one.
     """
-    for base in type(model).__mro__:
-        package, *_ = base.__module__.split(".")
-        for key in (base, f"{package}.{base.__name__}"):
-            if key in _HOSTS:
-                return _HOSTS[key], True
+    said = declared(type(model))
+    if isinstance(said, str):
+        raise ValueError(f"{type(model).__name__} cannot be wrapped, since {said}")
+    if said is not None:
+        return said, True
     for told in _PATTERNS:
         if (host := told(model)) is not None:
             return host, True

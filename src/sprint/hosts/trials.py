@@ -12,6 +12,7 @@ import math
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import product
 from typing import Any
 
 import torch
@@ -134,7 +135,7 @@ class Trials:
 
     def order(self) -> Finding:
         """Tokens may come in any order."""
-        if self._in_grid_order():
+        if any(place.unfolds for place, _ in self.state.places):
             return Finding(ORDER, None, "its blocks need tokens in grid order")
         if self.blind:
             return Finding(ORDER, None, "NOT PROVED: the output does not depend on what the middle blocks do")
@@ -146,29 +147,33 @@ class Trials:
         """Kept tokens alone, and all of them with attention masked to the kept ones."""
         reasons = {
             "wrapped without a drop sampler": self.state.drop is None,
-            "NOT PROVED: its blocks need tokens in grid order": self._in_grid_order(),
-            "NOT PROVED: images begin at different places of the stream": self.state.host.image_starts is not None,
+            "NOT PROVED: its blocks need tokens in grid order": any(place.sides for place, _ in self.state.places),
             "NOT PROVED: the output does not depend on what the middle blocks do": self.blind,
         }
         for reason, holds in reasons.items():
             if holds:
                 return Finding(FEWER, None, reason)
-        sparse, apart = self.run("sparse", generator=_generator(1)), math.inf
-        for order in ("text+image", "image+text"):  # a joint attention may have either
-            expected, masked = self._masked(order)
+        sparse, apart, proved = self.run("sparse", generator=_generator(1)), math.inf, False
+        # A joint attention may have either order, and its queries may be of another stream than its keys.
+        for order, across in product(("text+image", "image+text"), (False, True)):
+            expected, masked = self._masked(order, across=across)
             if masked.subset is None or masked.attentions < masked.blocks:
-                return Finding(FEWER, None, "NOT PROVED: attention does not go through F.scaled_dot_product_attention")
+                continue
             if masked.subset.num_kept == masked.subset.num_tokens:
                 return Finding(FEWER, None, f"NOT PROVED: the drop sampler keeps all {masked.subset.num_tokens} tokens")
-            apart = min(apart, difference(expected, sparse))
-            if apart < self.tolerance or masked.length == masked.subset.num_tokens:
+            here = difference(expected, sparse)
+            if not across or here < self.tolerance:
+                apart, proved = min(apart, here), True
+            if apart < self.tolerance:
                 break
+        if not proved:
+            return Finding(FEWER, None, "NOT PROVED: attention does not go through F.scaled_dot_product_attention")
         return Finding(FEWER, apart < self.tolerance, f"relative difference {apart:.1e}, at most {self.tolerance:.0e}")
 
-    def _masked(self, order: Stream) -> tuple[Tensor, Masked]:
+    def _masked(self, order: Stream, *, across: bool) -> tuple[Tensor, Masked]:
         """What the host gives on the sparse path when all tokens run and attention is masked, for the same draw."""
         fastpath = torch.backends.mha.get_fastpath_enabled()
-        self.state.masked = masked = Masked(order)
+        self.state.masked = masked = Masked(order, across=across)
         torch.backends.mha.set_fastpath_enabled(False)
         try:
             return self.run("sparse", generator=_generator(1)), masked
@@ -334,9 +339,6 @@ class Trials:
         return Finding(
             name, not missing, f"none for {', '.join(missing[:3])}" if missing else f"{len(parameters)} parameters"
         )
-
-    def _in_grid_order(self) -> bool:
-        return any(place.blocks.sides for place, _ in self.state.places)
 
     def _same(self, one: Tensor, other: Tensor) -> bool:
         return one.shape == other.shape and difference(one, other) < self.tolerance

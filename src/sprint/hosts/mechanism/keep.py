@@ -30,43 +30,56 @@ class Keeper:
     ) -> None:
         self.state, self.model, self.arguments = state, model, arguments
         self.drop, self.generator = drop, generator
+        self._grid: tuple[int, ...] | None = None
 
     def draw(self, image: Tensor) -> TokenSubset:
-        """Draw the kept tokens, and add those that are always kept in front of them and behind."""
+        """Draw the kept tokens, and add those that are always kept in front of them or behind."""
         assert self.drop is not None
         num_tokens = image.shape[1]
-        subset = self.drop.sample(len(image), self.grid(num_tokens), device=image.device, generator=self.generator)
-        first, last = self._always()
-        if not first + last:
+        grid = self.grid(num_tokens)
+        subset = self.drop.sample(len(image), grid, device=image.device, generator=self.generator)
+        others = num_tokens - math.prod(grid)
+        if not others:
             return subset
         places = torch.arange(num_tokens, device=image.device).expand(len(image), -1)
-        keep = [places[:, :first], subset.keep + first, places[:, num_tokens - last :]]
-        return TokenSubset(torch.cat(keep, dim=1), num_tokens)
-
-    def _always(self) -> tuple[int, int]:
-        kept = self.state.host.always_kept
-        return (0, 0) if kept is None else kept(self.model, self.arguments)
+        if self.state.host.always_kept == "first":
+            keep = torch.cat([places[:, :others], subset.keep + others], dim=1)
+        else:
+            keep = torch.cat([subset.keep, places[:, num_tokens - others :]], dim=1)
+        return TokenSubset(keep, num_tokens)
 
     def grid(self, num_tokens: int) -> tuple[int, ...]:
-        """The token grid of the image, from wherever it is known."""
-        num_tokens -= sum(self._always())
-        grid, x = self.state.grid, next(iter(self.arguments.values()), None)
+        """The grid of the tokens that may be dropped, from wherever it is known."""
+        if self._grid is None:
+            self._grid = self._known_grid(num_tokens)
+        return self._grid
+
+    def _known_grid(self, num_tokens: int) -> tuple[int, ...]:
+        grid, x, host = self.state.grid, next(iter(self.arguments.values()), None), self.state.host
         sides = tuple(x.shape[2:]) if isinstance(x, Tensor) and x.ndim in (4, 5) else None
-        if grid is None and self.state.host.grid is not None:
-            grid = self.state.host.grid(self.model, self.arguments)
-        elif grid is None and sides is not None:
-            grid = patch_grid(sides, num_tokens)
-        if grid is not None and math.prod(grid) == num_tokens:
+        told = None if host.grid is None else host.grid(self.model, self.arguments)
+        if grid is not None and told is not None and not _agree(grid, told):
+            raise ValueError(
+                f"the arguments of {type(self.model).__name__} say that its token grid is {told}, and grid={grid} was "
+                "given: leave that out"
+            )
+        if grid is None:
+            grid = patch_grid(sides, num_tokens) if host.grid is None and sides is not None else told
+        structured, others = isinstance(self.drop, StructuredDrop), host.always_kept is not None
+        length = 0 if grid is None else math.prod(grid)
+        fits = length == num_tokens or (others and length < num_tokens)
+        if grid is not None and fits and (len(grid) > 1 or not structured):
             return grid
         # Without a grid other samplers can draw, but tokens of which nothing is known may be class tokens or registers.
         doubtful = sides is not None and not self.state.declared
-        if self.state.grid is None and not isinstance(self.drop, StructuredDrop) and not doubtful:
+        if self.state.grid is None and not structured and not doubtful and not others:
             return (num_tokens,)
         name = type(self.model).__name__
         raise ValueError(
-            f"the token grid of {name} is {'unknown' if grid is None else grid} for {num_tokens} tokens: "
-            "give it, sprint.wrap(…, grid=(rows, columns)) or sprint.path(model, 'sparse', grid=…), or use RandomDrop"
-            + ("" if not doubtful else _PREFIX.format(name))
+            f"the token grid of {name} is {'unknown' if grid is None or len(grid) == 1 else grid} for {num_tokens} tokens: "
+            "give it, sprint.wrap(…, grid=(rows, columns)) or sprint.path(model, 'sparse', grid=…)"
+            + ("" if others and not length else ", or use RandomDrop")
+            + (_PREFIX.format(name) if doubtful else "")
         )
 
     def cells(self, num_tokens: int) -> tuple[int, ...]:
@@ -78,19 +91,29 @@ class Keeper:
                 "use a drop sampler that keeps one token per group, StructuredDrop(0.75)"
             )
         group, kept = self.drop.cells(self.grid(num_tokens))
-        if kept != 1:
+        if kept != 1 or group[:-2] not in ((), (1,)):
+            video = len(group) == 3
             raise ValueError(
-                f"{name} unfolds its tokens into a grid inside its blocks, so one token per group can be kept, "
-                f"got {kept} of {group}: use StructuredDrop(0.75)"
+                f"{name} unfolds its tokens into a grid inside its blocks, so one token per group can be kept"
+                f"{', in every frame' if video else ''}, got {kept} of {group}: use "
+                f"{'StructuredDrop(group=(1, 2, 2), keep=1)' if video else 'StructuredDrop(0.75)'}"
             )
         return group
 
     def in_cells(self, subset: TokenSubset) -> TokenSubset:
         """The same tokens in the order of their groups, so that they form a smaller grid."""
-        (rows, columns), (_, width) = self.cells(subset.num_tokens), self.grid(subset.num_tokens)
-        row, column = subset.keep // width, subset.keep % width
+        (*_, rows, columns), (*_, width) = self.cells(subset.num_tokens), self.grid(subset.num_tokens)
+        row, column = subset.keep // width, subset.keep % width  # rows of all frames, one below the other
         order = (row // rows * (width // columns) + column // columns).argsort(dim=1)
         return TokenSubset(subset.keep.gather(1, order), subset.num_tokens)
+
+
+def _agree(given: tuple[int, ...], told: tuple[int, ...]) -> bool:
+    """Whether two grids are one, where either may name the single frame of an image, and `told` only its length."""
+    if len(told) == 1:
+        return math.prod(given) == told[0]
+    (given, told) = (grid[1:] if len(grid) == 3 and grid[0] == 1 else grid for grid in (given, told))
+    return given == told
 
 
 _PREFIX = (

@@ -31,6 +31,7 @@ class Place:
                 f"rest: name them by position, sprint.Blocks({blocks.name!r}, arguments=('x', …))"
             )
         self.sides = (blocks.sides,) if isinstance(blocks.sides, str) else blocks.sides or ()
+        self.unfolds = blocks.sides is not None
         self.image = blocks.image or self.parameters[0]
         for name in (self.image, blocks.text, *blocks.tables, *self.sides):
             if name is not None and name not in self.parameters and not any_name:

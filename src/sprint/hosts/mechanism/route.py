@@ -6,7 +6,7 @@ last one restores and fuses. A route belongs to one call: a checkpointed recompu
 forward pass drew.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -98,7 +98,7 @@ class Route:
 
     def _call(self, place: Place, block: Callable[..., Any], named: dict[str, Any], args: tuple, kwargs: dict) -> Any:
         if self.state.masked is not None and self.subset is not None:
-            with self.state.masked.of(self.subset):
+            with self.state.masked.of(self.subset, self.order):
                 return place.call(block, named, args, kwargs)
         if self.path != "sparse" or torch.compiler.is_compiling():
             return place.call(block, named, args, kwargs)
@@ -211,7 +211,7 @@ class Route:
         self.shallow, self.text, self.dropped = image, text, dropped
         self.captured_outside = torch.is_grad_enabled()
         if subset is not None:
-            self.subset = self.keeper.in_cells(subset) if place.blocks.sides else subset
+            self.subset = self.keeper.in_cells(subset) if place.unfolds else subset
 
     def _pay(self, place: Place, named: dict[str, Any], image: Tensor, text: Tensor | None) -> None:
         """Give the first block's arguments the gradients of what was captured from them."""
@@ -244,18 +244,18 @@ class Route:
                 self.tables[name] = (value, rows)
             named[name] = self.tables[name][1]
         if place.sides:
-            rows, columns = self.keeper.cells(self.num_tokens or 0)
+            group = self.keeper.cells(self.num_tokens or 0)
             if len(place.sides) == 1:
                 (name,) = place.sides
-                height, width = named[name]
-                named[name] = type(named[name])((height // rows, width // columns))
+                named[name] = type(named[name])(side // n for side, n in zip(named[name], group, strict=True))
             else:
-                for name, side in zip(place.sides, (rows, columns), strict=True):
-                    named[name] = named[name] // side
+                for name, n in zip(place.sides, group[-len(place.sides) :], strict=True):
+                    named[name] = named[name] // n
 
     def _leave(self, place: Place, parts: dict[str, Any]) -> dict[str, Any]:
         """Restore and fuse after the last middle block; samples that lost their deep path get the encoder's text too."""
-        stream = parts["image"] if self.path == "sparse" else self._sorted(parts["image"])
+        gathered = self.path == "sparse" and self.state.masked is None
+        stream = parts["image"] if gathered else self._sorted(parts["image"])
         image, text = self._split(place.blocks.stream, stream)
         if self.state.masked is not None and self.subset is not None:
             image = self.subset.gather(image)
@@ -323,7 +323,14 @@ class Route:
         if self.state.weak_half is None or self.path != "full" or batch % 2:
             return
         x, *_ = *self.arguments.values(), None
-        if not isinstance(x, Tensor) or len(x) != batch or not torch.equal(x[: batch // 2], x[batch // 2 :]):
+        if not isinstance(x, (Tensor, list)) or len(x) != batch:
+            return
+        pairs = (
+            [(x[: batch // 2], x[batch // 2 :])]
+            if isinstance(x, Tensor)
+            else zip(x[: batch // 2], x[batch // 2 :], strict=True)
+        )
+        if not all(torch.equal(one, other) for one, other in pairs):
             return
         self.strong = slice(batch // 2, None) if self.state.weak_half == "first" else slice(0, batch // 2)
 
@@ -336,7 +343,15 @@ class Route:
 
         for name, value in named.items():
             tables = place.blocks.tables.get(name, ())
-            if all(table.batched for table in (tables if isinstance(tables, tuple) else (tables,))):
+            tables = tables if isinstance(tables, tuple) else (tables,)
+            items = {table.item for table in tables} - {None}
+            if not all(table.batched for table in tables):
+                continue
+            if items and isinstance(value, Mapping):
+                named[name] = {key: tree_map(take, item) if key in items else item for key, item in value.items()}
+            elif items:
+                named[name] = type(value)(tree_map(take, item) if i in items else item for i, item in enumerate(value))
+            else:
                 named[name] = tree_map(take, value)
 
     def _all_rows(self, image: Tensor, text: Tensor | None) -> tuple[Tensor, Tensor | None]:
@@ -364,10 +379,13 @@ class Route:
             return image
         return torch.cat([text, image] if stream == "text+image" else [image, text], dim=1)
 
-    def _text_then_image(self, stream: Tensor) -> Tensor:
+    def _text_then_image(self, stream: Tensor) -> Tensor | None:
         """(B, L), the places of each sample's text and padding in a joint stream, and then of its image."""
         assert self.state.host.image_starts is not None
-        starts = self.state.host.image_starts(self.model, self.arguments).to(stream.device).view(-1, 1)
+        starts = self.state.host.image_starts(self.model, self.arguments)
+        if starts is None:
+            return None
+        starts = starts.to(stream.device).view(-1, 1)
         places = torch.arange(stream.shape[1], device=stream.device)
         is_image = (places >= starts) & (places < starts + (self.num_tokens or 0))
         return is_image.int().argsort(dim=1, stable=True)

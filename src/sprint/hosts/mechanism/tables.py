@@ -1,6 +1,7 @@
 """Side inputs with one row per token, gathered with the tokens."""
 
 import types
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -138,7 +139,7 @@ def gather_rows(
     """The rows of the kept image tokens and of all text tokens.
 
     Args:
-        value: a tensor, a tuple or list of them, or a module that keeps its tables; axes of length 1, and tensors with
+        value: a tensor, a tuple, list or dict of them, or a module that keeps its tables; axes of length 1, and tensors with
             another number of axes than the declaration says, are returned as they are.
         tables: its declaration; of several, each takes the tensors that it fits.
         subset: kept tokens of the image.
@@ -172,18 +173,19 @@ class _Gathering:
 
     def of(self, value: Any, table: Table) -> Any:
         """The kept rows of whatever holds them."""
-        if isinstance(value, (tuple, list)):
-            chosen = range(len(value)) if table.item is None else (table.item,)
+        if isinstance(value, (tuple, list, Mapping)):
+            pairs = value.items() if isinstance(value, Mapping) else enumerate(value)
             plain = replace(table, item=None)
-            return type(value)(self.of(x, plain) if i in chosen else x for i, x in enumerate(value))
+            rows = {key: self.of(x, plain) if table.item in (None, key) else x for key, x in pairs}
+            return rows if isinstance(value, Mapping) else type(value)(rows.values())
         if isinstance(value, nn.Module):
             return self._of_module(value, table)
         if value is None or isinstance(value, Rows):
             return value
         if not isinstance(value, Tensor):
             raise TypeError(
-                f"argument {self.name!r} is a {type(value).__name__}, and a Table is of a tensor, a tuple or list of them, "
-                "or a module that keeps its tables: pass it to the blocks as one of these"
+                f"argument {self.name!r} is a {type(value).__name__}, and a Table is of a tensor, a tuple, list or dict of "
+                "them, or a module that keeps its tables: pass it to the blocks as one of these"
             )
         return value if table.ndim not in (None, value.ndim) else self._of_tensor(value, table)
 
