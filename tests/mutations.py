@@ -83,7 +83,7 @@ FAULTS = [
     Fault("wrapped: the table of a joint stream forgets the text's length", "hosts/mechanism/tables.py",
           "subset.keep + texts], dim=1), rows)", "subset.keep], dim=1), rows)"),
     Fault("wrapped: tables are not gathered", "hosts/mechanism/route.py",
-          "named[name] = self.tables[name][1]", "named[name] = value"),
+          "rows = gather_rows(value, table, self.subset, name=name, shared=shared, order=self.order)", "rows = value"),
     Fault("wrapped: path-drop forgets the text", "hosts/mechanism/route.py",
           "text = torch.where(self.dropped.view(-1, *[1] * (text.ndim - 1)), shallow_text, text)", "text = text"),
     Fault("wrapped: cells in the order of the tokens", "hosts/mechanism/keep.py",

@@ -125,6 +125,7 @@ def plain_flash() -> None:
 
 SIZES: dict[str, Any] = {"hidden_size": 48, "depth": 6, "num_heads": 3, "num_classes": 10}
 ROPE_HEADS = {"feat_rope": Table(dim=0, batched=False)}
+SPEEDRUN = {"rope_ids": Table(stream="text+image"), "v1": Table(dim=2, stream="text+image")}
 ORIGINALS = {
     "SiT": Original("willisma/SiT", "models", lambda m, s: m.SiT(input_size=s, **SIZES), labelled),
     "REPA": Original(
@@ -167,8 +168,10 @@ ORIGINALS = {
         lambda m, s: m.SiT(input_size=s, decoder_hidden_size=48, encoder_depth=2, z_dims=[32], projector_dim=64,
                            cls_token_dim=24, qk_norm=False, fused_attn=True, **SIZES),
         lambda s: (labelled(s)[0], {"cls_token": torch.randn(2, 32)}),
-        host=Host((Blocks("blocks", stream="text+image"),), image_tokens=lambda model, arguments, length: length - 1),
-        lines=2,
+        host=Host(
+            (Blocks("blocks", stream="text+image", others=("feat_rope",), tables=SPEEDRUN),),
+            image_tokens=lambda model, arguments, length: length - 1),
+        lines=3,
     ),
     "MDT": Original(
         "sail-sg/MDT", "masked_diffusion.models", lambda m, s: m.MDTv2(input_size=s, decode_layer=2, **SIZES), labelled
@@ -230,7 +233,7 @@ def tried(name: str, folder: Path, *, whole: bool) -> str:
                 print(report)
             step(wrapped, this, args, kwargs)
             proof = "; ".join(f"{f.name}: {f.detail}" for f in report.findings[:6] if not f.ok) or "all proved"
-        needed = f"{this.lines} line{'s' * (this.lines > 1)}"
+        needed = f"{this.lines} line{'s' * (this.lines != 1)}"
         proof += f", sides {', '.join(map(str, this.sides))}"
     except Exception as error:
         text = " ".join(str(error).split())
@@ -253,17 +256,17 @@ def imported(this: Original, root: Path) -> Any:
 
 
 def step(model: torch.nn.Module, this: Original, args: tuple, kwargs: dict) -> None:
-    """A sparse training step, which must change the middle blocks and the fusion."""
+    """A sparse training step (in eval mode: some drop labels on a GPU), in which the middle and the fusion learn."""
     optimizer = torch.optim.SGD(model.parameters(), lr=1e-3)
     before = {name: parameter.detach().clone() for name, parameter in model.named_parameters() if parameter.requires_grad}
-    with sprint.path(model.train(), "sparse"):
+    with sprint.path(model, "sparse"):
         returned = model(*args, **kwargs)
     first_tensor(returned if this.output is None else this.output(returned)).square().mean().backward()
     optimizer.step()
     after = dict(model.named_parameters())
-    still = sum(after[name].equal(value) for name, value in before.items())
-    if still > len(before) // 4 or not all(parameter.isfinite().all() for parameter in after.values()):
-        raise RuntimeError(f"a sparse step left {still} of {len(before)} parameters as they were, or made some not finite")
+    learned = [name for name, value in before.items() if not after[name].equal(value)]
+    if len(learned) < len(before) // 2 or not all(parameter.isfinite().all() for parameter in after.values()):
+        raise RuntimeError(f"in a sparse step {len(learned)} of {len(before)} parameters learned")
 
 
 def main() -> None:

@@ -363,3 +363,26 @@ def test_rows_take_part_in_functions_of_torch():
         assert found.allclose(expected)
     with pytest.raises(AttributeError, match="row set for each sample has no 'flatten'"):
         rows.flatten()
+
+
+def test_kept_tokens_of_unfolded_blocks_lie_where_their_groups_are():
+    seen = []
+
+    class Unfolding(hosts.Block):
+        def forward(self, x, c, HW):
+            seen.append(x.unflatten(1, HW))
+            return x
+
+    class Numbered(hosts.DiT):
+        def forward(self, x, t):
+            tokens = torch.arange(64.0)[None, :, None].expand(len(x), -1, 16)
+            for block in self.blocks:
+                tokens = block(tokens, t, HW=(8, 8))
+            return tokens
+
+    model = wrapped(Numbered(block=Unfolding), host=Host((Blocks("blocks", sides="HW"),)), grid=(8, 8))
+    with sprint.path(model, "sparse", generator=torch.Generator().manual_seed(0)):
+        model(X, T)
+    kept = seen[2][..., 0].long()  # (B, 4, 4) numbers of tokens
+    assert (kept // 8 // 2).equal(torch.arange(4)[:, None].expand(2, 4, 4))
+    assert (kept % 8 // 2).equal(torch.arange(4).expand(2, 4, 4))
