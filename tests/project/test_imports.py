@@ -162,3 +162,21 @@ def test_objects_print_what_they_are():
     }
     for text, thing in said.items():
         assert text in repr(thing)
+
+
+def test_importing_stays_light():
+    """Each of these takes a second or more, and few need them."""
+    heavy = [
+        "torch.distributed.checkpoint",
+        "torch.distributed.fsdp",
+        "torch._dynamo",
+        "torch._inductor",
+        "diffusers",
+        "timm",
+    ]
+    code = (
+        "import sys, torch; before = set(sys.modules); import sprint\n"
+        f"print([name for name in {heavy} if name in sys.modules and name not in before])"
+    )
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert run.stdout.strip() == "[]"

@@ -2,7 +2,8 @@
 
 `distribute` is DistributedDataParallel (each process holds the model) or FSDP2 (each holds a share of it, gathered block by
 block). `full_state` and `load_full_state` move whole states out and in, the same file for any number of processes. `leave`
-ends a script that ran on several.
+ends a script that ran on several. FSDP2 and torch's distributed checkpoints take two seconds to import, so they are imported
+where they are used.
 """
 
 import time
@@ -11,14 +12,6 @@ from typing import Any, Literal
 import torch
 import torch.distributed as dist
 from torch import nn
-from torch.distributed.checkpoint.state_dict import (
-    StateDictOptions,
-    get_model_state_dict,
-    get_optimizer_state_dict,
-    set_model_state_dict,
-    set_optimizer_state_dict,
-)
-from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
 from sprint.capture.compiling import blocks_of
@@ -44,6 +37,8 @@ def distribute(model: nn.Module, mode: Mode = "ddp", *, dtype: torch.dtype | Non
         return model
     if mode == "ddp":
         return DistributedDataParallel(model)
+    from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+
     device = next(model.parameters()).device
     mesh = dist.device_mesh.init_device_mesh(device.type, (dist.get_world_size(),))
     # Inputs are left to autocast: a time rounded to bfloat16 is another time.
@@ -64,19 +59,23 @@ def full_state(model: nn.Module, optimizer: torch.optim.Optimizer | None = None)
     Returns:
         "model", and with an optimizer "optimizer", each by parameter name.
     """
-    options = StateDictOptions(full_state_dict=True, cpu_offload=True)
-    state: dict[str, Any] = {"model": get_model_state_dict(model, options=options)}
+    from torch.distributed.checkpoint import state_dict as distributed
+
+    options = distributed.StateDictOptions(full_state_dict=True, cpu_offload=True)
+    state: dict[str, Any] = {"model": distributed.get_model_state_dict(model, options=options)}
     if optimizer is not None:
-        state["optimizer"] = get_optimizer_state_dict(model, optimizer, options=options)
+        state["optimizer"] = distributed.get_optimizer_state_dict(model, optimizer, options=options)
     return state
 
 
 def load_full_state(state: dict[str, Any], model: nn.Module, optimizer: torch.optim.Optimizer | None = None) -> None:
     """Put what `full_state` gave into a model and its optimizer; only the first process needs the state, all must call."""
-    options = StateDictOptions(full_state_dict=True, broadcast_from_rank0=dist.is_initialized())
-    set_model_state_dict(model, state.get("model", {}), options=options)
+    from torch.distributed.checkpoint import state_dict as distributed
+
+    options = distributed.StateDictOptions(full_state_dict=True, broadcast_from_rank0=dist.is_initialized())
+    distributed.set_model_state_dict(model, state.get("model", {}), options=options)
     if optimizer is not None:
-        set_optimizer_state_dict(model, optimizer, state.get("optimizer", {}), options=options)
+        distributed.set_optimizer_state_dict(model, optimizer, state.get("optimizer", {}), options=options)
 
 
 def leave() -> None:
