@@ -109,25 +109,26 @@ class Trials:
         args, kwargs = inputs or (self.args, self.kwargs)
         return self.output(self.call(name, args, kwargs, **route))
 
+    def _set(self, name: str, value: Any, path: str, inputs: "Inputs | None" = None) -> Tensor:
+        """The prediction with one attribute of the state set meanwhile."""
+        before = getattr(self.state, name)
+        setattr(self.state, name, value)
+        try:
+            return self.run(path, inputs)
+        finally:
+            setattr(self.state, name, before)
+
     def middle_matters(self) -> bool:
         """Whether the output shows what the middle blocks do, well above the tolerance."""
         full = self.run("full")
-        self.state.idle = True
-        try:
-            without = self.run("full")
-        finally:
-            self.state.idle = False
+        without = self._set("idle", True, "full")
         return difference(full, without) > 10 * self.tolerance
 
     def identity(self) -> Finding:
         """The full path is the host itself."""
         name = "full path = the host itself"
         full = self.run("full")
-        self.state.bypassed = True
-        try:
-            host = self.run("full")
-        finally:
-            self.state.bypassed = False
+        host = self._set("bypassed", True, "full")
         apart = difference(host, full)
         if not _is_identity(self.host.sprint.fusion):  # pyright: ignore[reportAttributeAccessIssue, reportArgumentType]
             return Finding(name, None, f"the fusion is not the identity (any more): relative difference {apart:.1e}")
@@ -242,15 +243,12 @@ class Trials:
             return Finding(name, None, f"NOT PROVED: the host takes no batch twice as large, {_text(error)}")
         if len(strong) != batch or not self._same(torch.cat([strong, control_weak]), control):
             return Finding(name, None, "NOT PROVED: in the host itself, samples depend on their batch")
-        self.state.weak_half = "second"
         try:
-            guided = self.run("full", both)
+            guided = self._set("weak_half", "second", "full", both)
         except ValueError as error:
             return Finding(name, None, f"refused: {_text(error)}")
         except RuntimeError as error:
             return Finding(name, False, _text(error))
-        finally:
-            self.state.weak_half = None
         return self._compared(name, torch.cat([strong, weak]), guided)
 
     def padding(self) -> Finding | None:
