@@ -54,7 +54,8 @@ for step in range(10):
     print(f"step {step}: loss {loss.item():.3f}")
 
 folder = Path(tempfile.mkdtemp())  # adapters as the pipelines of diffusers read them, the fusion in a file of its own
-StableDiffusion3Pipeline.save_lora_weights(folder, transformer_lora_layers=get_peft_model_state_dict(model))
+adapters: Any = get_peft_model_state_dict(model)
+StableDiffusion3Pipeline.save_lora_weights(folder, transformer_lora_layers=adapters)
 save_file(model.sprint.state_dict(), folder / "fusion.safetensors")
 print(f"saved: {', '.join(sorted(file.name for file in folder.iterdir()))}")
 
@@ -64,7 +65,8 @@ unused: Any = dict.fromkeys(
     ("vae", "text_encoder", "text_encoder_2", "text_encoder_3", "tokenizer", "tokenizer_2", "tokenizer_3")
 )
 pipe = StableDiffusion3Pipeline(transformer=again, scheduler=FlowMatchEulerDiscreteScheduler(), **unused)
-pipe.load_lora_weights(folder, weight_name="pytorch_lora_weights.safetensors")
+pipe.load_lora_weights(str(folder), weight_name="pytorch_lora_weights.safetensors")
+now = torch.full((4,), 500.0)
 with torch.no_grad():
-    difference = (again(x, text, pooled, t * 1000).sample - model(x, text, pooled, t * 1000).sample).abs().max()
+    difference = (again(latents, text, pooled, now).sample - model(latents, text, pooled, now).sample).abs().max()
 print(f"loaded: largest difference {difference:.0e}")
