@@ -141,7 +141,7 @@ def test_lengths_that_blocks_compute_from_all_tokens_are_caught():
         findings(WithText(block=Padded).eval(), host=host)
     report = sprint.check(sprint.wrap(WithText().eval(), host=host, drop=SPARSE), X, T, repeats=1)
     assert report.findings[2].ok
-    assert str(report).startswith("WithText: image tokens 16 of 18, grid 4x4, kept 4\n")
+    assert str(report).startswith("WithText: image tokens 16 of 18, grid 4x4, kept 4 (25 %)\n")
 
 
 def test_attention_of_other_kinds_is_said_not_to_be_proved():

@@ -8,6 +8,7 @@ import hosts
 import numpy as np
 import pytest
 import torch
+from torch._dynamo.testing import CompileCounter
 from torch import nn
 
 import sprint
@@ -363,18 +364,43 @@ def test_two_threads_on_one_model_are_right_or_refused():
         assert copy.deepcopy(model).sprint.held_by == []
 
 
+class AnySize(hosts.DiT):
+    """Without a table of positions."""
+
+    def forward(self, x, t, y=None):
+        tokens, cond = self.embed(x).flatten(2).transpose(1, 2), t[:, None].expand(-1, 16)
+        for block in self.blocks:
+            tokens = block(tokens, cond)
+        return torch.nn.functional.fold(self.head(tokens).transpose(1, 2), x.shape[-2:], 2, stride=2)
+
+
+def graphs(sizes, path=None):
+    """How many torch.compile makes for batches (B, rows, columns)."""
+    torch._dynamo.reset()
+    counter, model = CompileCounter(), AnySize(depth=3).eval()
+    if path is not None:
+        sprint.path(sprint.wrap(model, encoder_depth=1, decoder_depth=1, drop=StructuredDrop(0.75)), path)
+    compiled = torch.compile(model, backend=counter)
+    with torch.no_grad():
+        for batch, rows, columns in sizes:
+            compiled(torch.zeros(batch, 3, 2 * rows, 2 * columns), torch.zeros(batch))
+    return counter.frame_count
+
+
 def test_as_many_graphs_as_the_host():
     """Batches of several sizes: dynamo makes the second one's size a variable, and no more graphs."""
-    counts = []
-    for model in (hosts.DiT().eval(), sprint.wrap(hosts.DiT().eval(), drop=StructuredDrop(0.75))):
-        torch._dynamo.reset()
-        counter = torch._dynamo.testing.CompileCounter()
-        compiled = torch.compile(model, backend=counter)
-        with torch.no_grad():
-            for batch in (2, 3, 5, 7, 9):
-                compiled(X[:1].repeat(batch, 1, 1, 1), T[:1].repeat(batch))
-        counts.append(counter.frame_count)
-    assert counts == [2, 2]
+    batches = [(batch, 4, 4) for batch in (2, 3, 5, 7, 9)]
+    assert graphs(batches) == graphs(batches, "full") == graphs(batches, "sparse") == 2
+
+
+def test_buckets_make_as_many_graphs_as_in_the_host_and_one_per_grid_when_sparse():
+    buckets = [(2, *grid) for grid in ((4, 4), (4, 6), (6, 4), (5, 7), (3, 5), (4, 4), (7, 5), (5, 7))]
+    grids = len({*buckets})
+    assert graphs(buckets) == graphs(buckets, "full") < grids
+    assert graphs(buckets, "sparse") <= grids
+    mixed = [(batch, rows, columns) for batch, (_, rows, columns) in enumerate(buckets, start=2)]
+    assert graphs(mixed) == graphs(mixed, "full")
+    assert graphs(mixed, "sparse") <= grids + 1  # and one when the batch becomes a variable
 
 
 @pytest.mark.parametrize("merge", ["residual", "mask"])

@@ -373,6 +373,12 @@ def test_sana_needs_one_token_per_group():
         model(**arguments)
 
 
+def test_cells_that_are_not_all_whole_are_refused_where_blocks_unfold_them():
+    model, arguments = wrapped("sana", drop=StructuredDrop(0.75, multiple_of=3))
+    with pytest.raises(ValueError, match="every group keeps one token: 1 of 2x2 .* no multiple of 3"):
+        kept_tokens(model, arguments)
+
+
 def test_lora_before_and_after_wrapping():
     peft = pytest.importorskip("peft")
     outputs = []

@@ -152,7 +152,7 @@ def test_objects_print_what_they_are():
     loss = sprint.FlowMatchingLoss(interpolant="cosine", time=sprint.ShiftedTime(3.0))
     step = sprint.TrainStep(model, loss, sprint.AdamW(model.parameters()), clip=1.0)
     said = {
-        "StructuredDrop(ratio=0.75": drop,
+        "StructuredDrop(0.75)": drop,
         "interpolant=CosineInterpolant(), time=ShiftedTime(": loss,
         "TrainStep(SiT, FlowMatchingLoss(interpolant=CosineInterpolant()": step,
         "clip=1.0, accumulate=1, autocast=None; plain on cpu": step,

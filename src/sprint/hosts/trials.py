@@ -205,7 +205,8 @@ class Trials:
             return ""
         drawn, grid = draws.subset.num_tokens, "x".join(map(str, draws.grid))
         stream = "" if length == drawn else f" of {length}"
-        return f"image tokens {drawn}{stream}, grid {grid}, kept {draws.subset.num_kept}"
+        kept = draws.subset.num_kept
+        return f"image tokens {drawn}{stream}, grid {grid}, kept {kept} ({100 * kept / drawn:.3g} %)"
 
     def alone(self) -> Finding:
         """A sample gives alone what it gives in its batch."""

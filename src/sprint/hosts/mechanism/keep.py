@@ -90,7 +90,12 @@ class Keeper:
                 f"{name} unfolds its tokens into a grid inside its blocks: "
                 "use a drop sampler that keeps one token per group, StructuredDrop(0.75)"
             )
-        group, kept = self.drop.cells(self.grid(num_tokens))
+        try:
+            group, kept = self.drop.cells(self.grid(num_tokens))
+        except ValueError as error:
+            raise ValueError(
+                f"{name} unfolds its tokens into a grid inside its blocks, so every group keeps one token: {error}"
+            ) from error
         if kept != 1 or group[:-2] not in ((), (1,)):
             video = len(group) == 3
             raise ValueError(
