@@ -222,3 +222,43 @@ def test_what_cannot_be_guided(model):
         PathDropGuidance(2.0, weak="none")
     with pytest.raises(ValueError, match="leave null out, or choose weak='null'"):
         PathDropGuidance(2.0, weak="same", null=Y)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("guidance", [ClassifierFreeGuidance, PathDropGuidance])
+def test_scales_of_time_and_of_each_sample(model, guidance):
+    weak, strong = guidance(0.0)(model, X, 0.5, Y), model(X, T, Y)
+    each = torch.tensor([1.0, 4.0])
+    expected = weak + each.view(-1, 1, 1, 1) * (strong - weak)
+    torch.testing.assert_close(guidance(each)(model, X, 0.5, Y), expected)
+    torch.testing.assert_close(guidance(lambda t: 2 * t * each)(model, X, 0.5, Y), expected)
+    torch.testing.assert_close(guidance(lambda t: 1 + 2 * t)(model, X, 0.5, Y), weak + 2 * (strong - weak))
+    assert calls_of(model, lambda: guidance(lambda t: 1.0)(model, X, 0.5, Y)) == (2, 3, 2)  # off at this time
+    assert guidance(each, interval=(0.6, 1.0))(model, X, 0.5, Y).equal(strong)
+
+
+@pytest.mark.parametrize(
+    ("scale", "error", "message"),
+    [
+        (torch.ones(3), ValueError, r"scale is \(3,\) for 2 samples: give one number, or one per sample"),
+        (torch.ones(2, 2), ValueError, r"scale must be one number, or one per sample, \(B,\), got \(2, 2\)"),
+        (lambda t: float("nan"), ValueError, r"scale\(0.5\) must be a finite number, 1 for off, got nan"),
+        (lambda t: None, TypeError, r"scale\(0.5\) must be a number, .* or a function of t, got NoneType"),
+        ("3", TypeError, "scale must be a number, .* got str"),
+    ],
+)
+def test_bad_scales_of_time_and_sample(model, scale, error, message):
+    with pytest.raises(error, match=message):
+        ClassifierFreeGuidance(scale)(model, X, 0.5, Y)
+
+
+def test_null_of_a_dictionary_names_what_differs():
+    def model(x, t, y):
+        return x * (y["text"].mean((1, 2)) + y["size"]).view(-1, 1, 1, 1)
+
+    y = {"text": torch.ones(2, 3, 4), "size": torch.tensor([1.0, 2.0])}
+    guided = ClassifierFreeGuidance(3.0, null={"text": torch.zeros(1, 3, 4)})(model, X, 0.5, y)
+    weak, strong = X * y["size"].view(-1, 1, 1, 1), X * (1 + y["size"]).view(-1, 1, 1, 1)
+    torch.testing.assert_close(guided, weak + 3 * (strong - weak))
+    with pytest.raises(ValueError, match=r"null has pooled, which y has not: name conditions of y \(text, size\)"):
+        ClassifierFreeGuidance(3.0, null={"pooled": torch.zeros(1, 3)})(model, X, 0.5, y)

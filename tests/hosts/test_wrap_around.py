@@ -8,8 +8,8 @@ import hosts
 import numpy as np
 import pytest
 import torch
-from torch._dynamo.testing import CompileCounter
 from torch import nn
+from torch._dynamo.testing import CompileCounter
 
 import sprint
 from sprint import Blocks, Host, RandomDrop, StructuredDrop, TokenSubset

@@ -27,7 +27,8 @@ def pipeline(transformer=None, **parts) -> SprintPipeline:
 
 def wrapped_dit():
     model, _ = CASES["dit"]()
-    return sprint.wrap(model, drop=StructuredDrop(0.75), init="xavier")
+    model = sprint.wrap(model, drop=StructuredDrop(0.75), init="xavier")
+    return sprint.Velocity(model, prediction="v", interpolant="linear", time=1000)  # trained so, not as it was pretrained
 
 
 @pytest.mark.parametrize(
@@ -42,7 +43,7 @@ def test_images_are_those_of_our_euler_sampler(guidance):
 
 def test_a_wrapped_transformer_skips_its_middle_for_the_weak_branch():
     transformer, calls = wrapped_dit(), []
-    transformer.transformer_blocks[2].register_forward_hook(lambda *_: calls.append(1))
+    transformer.model.transformer_blocks[2].register_forward_hook(lambda *_: calls.append(1))
     images = pipeline(transformer)(Y, size=(8, 8), latents=NOISE, guidance=PathDropGuidance(2.0), num_inference_steps=4)
     assert len(calls) == 4
     assert images.shape == NOISE.shape
@@ -86,6 +87,17 @@ def test_a_fresh_process_loads_what_was_saved(kind, tmp_path):
     torch.testing.assert_close(torch.load(tmp_path / "images.pt"), expected)
 
 
+def test_a_list_of_labels_and_a_transformer_that_was_replaced():
+    pipe = pipeline(wrapped_dit())
+    before = pipe([1, 2, 3], size=(8, 8), latents=NOISE, num_inference_steps=2)
+    assert before.equal(pipe(Y, size=(8, 8), latents=NOISE, num_inference_steps=2))
+    pipe.transformer = sprint.wrap(CASES["dit"]()[0], init="xavier").eval()
+    with torch.no_grad():
+        for parameter in pipe.transformer.parameters():
+            parameter.mul_(1.1)
+    assert not before.equal(pipe(Y, size=(8, 8), latents=NOISE, num_inference_steps=2))
+
+
 def test_dtype_and_device_of_our_model(tmp_path):
     pipe = pipeline().to("cpu", torch.bfloat16)
     assert (pipe.device, pipe.dtype, pipe.transformer.dtype) == (torch.device("cpu"), torch.bfloat16, torch.bfloat16)
@@ -100,8 +112,14 @@ def test_bad_input(tmp_path):
     pipe = pipeline()
     with pytest.raises(ValueError, match="num_inference_steps must be 1 or more, got 0"):
         pipe(Y, size=(8, 8), num_inference_steps=0)
-    with pytest.raises(ValueError, match=r"labels must be \(B,\) int64 class ids, got \(3,\) torch.float32"):
+    with pytest.raises(ValueError, match=r"labels must be \(B,\) int64 class ids, or a list .*, got \(3,\) torch.float32"):
         pipe(Y.float(), size=(8, 8))
+    with pytest.raises(ValueError, match=r"labels must be .* got \['cat'\]"):
+        pipe(["cat"], size=(8, 8))
+    with pytest.raises(ValueError, match="2 generators for 3 samples"):
+        pipe(Y, size=(8, 8), generator=[torch.Generator(), torch.Generator()])
+    with pytest.raises(ValueError, match="not known what Linear predicts"):
+        SprintPipeline(torch.nn.Linear(1, 1), diffusers.FlowMatchEulerDiscreteScheduler())
     with pytest.raises(ValueError, match="unknown output_type 'np': choose one of pt, latent, pil"):
         pipe(Y, size=(8, 8), output_type="np")
     with pytest.raises(FileNotFoundError, match="has no model_index.json"):

@@ -124,7 +124,9 @@ def test_any_grid_keeps_the_nearest_number_and_every_token_equally_often(drop, g
     assert (subset.mask.double().mean(0) - share).abs().max() < 5 * deviation
     if group is None:
         return
-    cells = torch.stack(torch.meshgrid(*[torch.arange(side) // n for side, n in zip(grid, group, strict=True)], indexing="ij")).flatten(1)
+    cells = torch.stack(
+        torch.meshgrid(*[torch.arange(side) // n for side, n in zip(grid, group, strict=True)], indexing="ij")
+    ).flatten(1)
     in_group = torch.zeros(batch, num_tokens)
     for cell in cells.unique(dim=1).T:  # a group cut off by the border keeps its share, rounded down or up
         inside = (cells == cell.view(-1, 1)).all(0)
@@ -237,7 +239,10 @@ def test_unreachable_ratios_name_their_neighbours():
         (lambda: StructuredDrop(group=(2, 2), keep=5), "keep must be 1 to 4 for a group of 2x2, got 5"),
         (lambda: StructuredDrop(group=(2, 0), keep=1), r"group must be 1 to 3 positive whole sides.*got \(2, 0\)"),
         (lambda: StructuredDrop(group=(2, 2), keep=1, strict=True).sample(1, (4, 5)), "4x5 tokens is not divisible .* 2x2"),
-        (lambda: StructuredDrop(group=(2, 2), keep=1).sample(1, (2, 4, 4)), "2x4x4 tokens .* of 2x2: give one side per axis"),
+        (
+            lambda: StructuredDrop(group=(2, 2), keep=1).sample(1, (2, 4, 4)),
+            "2x4x4 .* of 2x2: give one side per axis",
+        ),
         (lambda: StructuredDrop(0.75, multiple_of=8).cells((10, 10)), "are 25 tokens, no multiple of 8: leave multiple_of"),
         (lambda: StructuredDrop(0.75, multiple_of=8, strict=True).num_kept((10, 10)), "are 25 tokens, no multiple of 8"),
         (lambda: RandomDrop(0.75, multiple_of=8, strict=True).num_kept((10, 10)), "reached: 0.68 and 0.76"),

@@ -27,7 +27,7 @@ ALLOWED = {
     "capture": {"hosts", "models"},
     "training": {"capture", "checkpoint", "flow", "kernels", "middle", "models"},
     "costs": {"flow", "hosts", "middle", "models"},
-    "diffusers": {"checkpoint", "flow", "hosts", "middle", "models"},
+    "diffusers": {"checkpoint", "flow", "hosts", "middle", "models", "random"},
 }
 CORE = {"torch", "einops", "safetensors", "numpy"}
 OPT_IN = {  # loaded where used

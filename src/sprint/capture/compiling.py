@@ -15,6 +15,7 @@ def blocks_of(model: nn.Module) -> list[nn.Module]:
     Raises:
         ValueError: none were found.
     """
+    model = next((module for module in model.modules() if isinstance(module._modules.get("sprint"), SprintState)), model)
     state = model._modules.get("sprint")
     repeated = getattr(model, "_repeated_blocks", None) or ()
     found: list[nn.Module]

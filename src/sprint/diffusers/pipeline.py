@@ -1,109 +1,116 @@
-"""`SprintPipeline`: our SiT or a wrapped class-conditional transformer, a scheduler of diffusers, perhaps a VAE."""
+"""`SprintPipeline`: our SiT or any model as its `Velocity`, a scheduler of diffusers, perhaps a VAE."""
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
 
 import diffusers
-import numpy as np
 import torch
 from diffusers.pipelines.pipeline_utils import DiffusionPipeline
-from torch import Tensor, nn
+from torch import Tensor
 
 from sprint.checkpoint import PathLike, write_text
 from sprint.diffusers.loading import from_pretrained
-from sprint.flow.guidance import Guidance, predict
-from sprint.hosts.outputs import first_tensor
+from sprint.flow.guidance import Guidance
+from sprint.flow.sampling import trajectory
+from sprint.flow.velocity import Velocity
+from sprint.hosts.wrapping import OPTIONS_FILE
 from sprint.models.sit import SiT
+from sprint.random import Generators, normal
 
 _INDEX, _WEIGHTS = "model_index.json", "model.safetensors"
 
 
-class _Velocity(nn.Module):
-    """The transformer as `model(x, t, y)`, t in [0, 1]."""
-
-    def __init__(self, transformer: Any) -> None:
-        super().__init__()
-        self.transformer = transformer
-
-    def forward(self, x: Tensor, t: Tensor, y: Tensor) -> Tensor:
-        if isinstance(self.transformer, SiT):
-            return self.transformer(x, t.to(x.dtype), y)
-        return first_tensor(self.transformer(x, t * 1000, class_labels=y))[:, : x.shape[1]]  # without a learned variance
-
-    def null_condition(self, batch: int) -> Tensor:
-        """The row after the last class."""
-        if isinstance(self.transformer, SiT):
-            return self.transformer.null_condition(batch)
-        return torch.full((batch,), self.transformer.config.num_embeds_ada_norm, device=self.transformer.device)
-
-
 class SprintPipeline(DiffusionPipeline):
-    """Class-conditional sampling with a flow-matching scheduler of diffusers.
+    """Sampling with a scheduler of diffusers, from noise to latents or images.
 
-    With `FlowMatchEulerDiscreteScheduler()` the images are those of `sprint.sample(..., solver="euler")`.
+    With `FlowMatchEulerDiscreteScheduler()` the images are those of `sprint.sample(..., solver="euler")`; schedulers of
+    DDPM's schedule, such as `DDIMScheduler`, are for models of that interpolant.
 
     Args:
-        transformer: `SiT`, or a wrapped `DiTTransformer2DModel`, trained to predict the velocity.
-        scheduler: whose `step` takes the velocity, such as `FlowMatchEulerDiscreteScheduler`.
+        transformer: `SiT`; a `sprint.Velocity` of any model, wrapped or not; or a model that `Velocity` knows by its class,
+            as it was pretrained (`DiTTransformer2DModel`: it predicts noise).
+        scheduler: of the model's interpolant.
         vae: `AutoencoderKL` that decodes the latents; without one the latents are the images.
+
+    Raises:
+        ValueError: it is not known what the transformer predicts.
     """
 
     _optional_components = ["vae"]  # noqa: RUF012, as diffusers declares it
 
     def __init__(self, transformer: Any, scheduler: Any, vae: Any = None) -> None:
         super().__init__()
+        adapted = isinstance(transformer, Velocity)
+        self._velocity = transformer if adapted else None if isinstance(transformer, SiT) else Velocity(transformer)
+        transformer = transformer.model if adapted else transformer
         self.register_modules(transformer=transformer, scheduler=scheduler, vae=vae)
+
+    @property
+    def model(self) -> Any:
+        """The transformer as samplers call it."""
+        if self._velocity is None:
+            return self.transformer
+        self._velocity.model = self.transformer  # which a user may have replaced
+        return self._velocity
 
     @torch.no_grad()
     def __call__(
         self,
-        labels: Tensor,
+        labels: Any,
         *,
-        size: tuple[int, int],
+        size: tuple[int, ...],
         guidance: Guidance | None = None,
         num_inference_steps: int = 50,
-        generator: torch.Generator | None = None,
+        generator: Generators = None,
         latents: Tensor | None = None,
         output_type: Literal["pt", "latent", "pil"] = "pt",
     ) -> Any:
-        """Sample one image per label.
+        """Sample one image per condition.
 
         Args:
-            labels: class ids, (B,) int64.
-            size: rows and columns of the latents.
+            labels: class ids, (B,) int64 or a list of whole numbers; or what else the transformer takes as y, such as a
+                dictionary of embeddings.
+            size: rows and columns of the latents; of a video also its frames, first.
             guidance: of `sprint`, such as `sprint.PathDropGuidance(2.0)`.
-            num_inference_steps: steps of the scheduler, on a uniform grid.
-            generator: for the noise.
-            latents: noise, (B, C, rows, columns), instead of drawn noise.
+            num_inference_steps: steps of the scheduler, on a uniform grid where it takes one.
+            generator: for the noise; one, or one per image.
+            latents: noise, (B, C, *size), instead of drawn noise.
             output_type: "pt" (tensor in [0, 1]), "latent" (as the transformer sees it), or "pil".
 
         Returns:
             Images, (B, C, H, W), or a list of PIL images.
 
         Raises:
-            ValueError: labels of another shape or dtype, no step, or an unknown output type.
+            ValueError: labels of another shape or dtype, no step, an unknown output type, or a scheduler that is not of the
+                model's interpolant.
         """
-        if labels.ndim != 1 or labels.dtype != torch.int64:
-            raise ValueError(f"labels must be (B,) int64 class ids, got {tuple(labels.shape)} {labels.dtype}")
         if output_type not in ("pt", "latent", "pil"):
             raise ValueError(f"unknown output_type {output_type!r}: choose one of pt, latent, pil")
         if num_inference_steps < 1:
             raise ValueError(f"num_inference_steps must be 1 or more, got {num_inference_steps}")
         like = next(self.transformer.parameters())
-        labels, model = labels.to(like.device), _Velocity(self.transformer).eval()
+        y, batch = _conditions(labels, like.device)
         if latents is None:
-            source = like.device if generator is None else generator.device
-            shape = (len(labels), self.transformer.config.in_channels, *size)
-            latents = torch.randn(shape, generator=generator, device=source, dtype=like.dtype)
-        x = latents.to(like.device, like.dtype)
-        sigmas = np.linspace(1, 1 / num_inference_steps, num_inference_steps)
-        self.scheduler.set_timesteps(sigmas=sigmas, device=like.device)
+            part = self.transformer.config if self._velocity is None else self.model
+            shape = (batch, part.in_channels, *size)
+            latents = normal(shape, device=like.device, dtype=like.dtype, generator=generator)
+        states = trajectory(
+            self.model.eval(),
+            latents.to(like.device, like.dtype),
+            y=y,
+            guidance=guidance,
+            solver=self.scheduler,
+            steps=num_inference_steps,
+            generator=generator,
+            state_dtype=torch.float32,
+        )
+        x = next(states).x
         bar: Any = self.progress_bar
-        for step in bar(self.scheduler.timesteps):
-            t = step.item() / self.scheduler.config.num_train_timesteps
-            v = predict(model, x, t, labels) if guidance is None else guidance(model, x, t, labels)
-            x = self.scheduler.step(v, step, x, return_dict=False)[0]
+        for _ in bar(range(len(self.scheduler.timesteps))):
+            x = next(states).x
+        x = x.to(like.dtype)
         if output_type == "latent":
             return x
         images = x
@@ -119,6 +126,8 @@ class SprintPipeline(DiffusionPipeline):
         """Write all parts to a folder; `kwargs` go to the parts of diffusers."""
         folder = Path(save_directory)
         index: dict[str, Any] = {"_class_name": "SprintPipeline"}
+        if self._velocity is not None:
+            index["velocity"] = self._velocity.options()
         for name in ("transformer", "scheduler", "vae"):
             part = getattr(self, name)
             if part is None:
@@ -154,5 +163,24 @@ class SprintPipeline(DiffusionPipeline):
         if index["transformer"] == "SiT":
             transformer: Any = SiT.load(source / "transformer" / _WEIGHTS).to(kwargs.get("torch_dtype"))
         else:
-            transformer = from_pretrained(getattr(diffusers, index["transformer"]), source / "transformer", **kwargs)
+            kind, place = getattr(diffusers, index["transformer"]), source / "transformer"
+            wrapped = (place / OPTIONS_FILE).is_file()
+            transformer = from_pretrained(kind, place, **kwargs) if wrapped else kind.from_pretrained(place, **kwargs)
+            transformer = Velocity(transformer, **index.get("velocity", {}))
         return cls(transformer.eval(), **parts)
+
+
+def _conditions(labels: Any, device: torch.device) -> tuple[Any, int]:
+    """What the transformer takes as y, and the batch."""
+    if isinstance(labels, Mapping):
+        tensors = [value for value in labels.values() if isinstance(value, Tensor) and value.ndim]
+        if not tensors:
+            raise ValueError("labels is a dictionary without a tensor, so that the number of images is unknown")
+        moved = {name: value.to(device) if isinstance(value, Tensor) else value for name, value in labels.items()}
+        return moved, len(tensors[0])
+    if isinstance(labels, list | tuple) and all(isinstance(label, int) for label in labels):
+        labels = torch.tensor(labels)
+    got = f"{tuple(labels.shape)} {labels.dtype}" if isinstance(labels, Tensor) else repr(labels)
+    if not isinstance(labels, Tensor) or labels.ndim != 1 or labels.dtype != torch.int64:
+        raise ValueError(f"labels must be (B,) int64 class ids, or a list of whole numbers, got {got}")
+    return labels.to(device), len(labels)

@@ -10,16 +10,20 @@ may be applied to predictions of v, x or noise and to drifts alike: all of them 
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal, Protocol
 
 import torch
 from torch import Tensor, nn
 
+from sprint.flow.conventions import prediction_in
+from sprint.flow.interpolants import like
 from sprint.middle.drop import Drop
 
 Weak = Literal["null", "same"]
+Scale = float | Tensor | Callable[[float], float | Tensor]
+"""w: one for all samples, one for each (B,), or a function of t that gives either."""
 
 
 class Guidance(Protocol):
@@ -30,13 +34,13 @@ class Guidance(Protocol):
         ...
 
 
-def guide(weak: Tensor, strong: Tensor, scale: float, *, rescale: float = 0.0) -> Tensor:
+def guide(weak: Tensor, strong: Tensor, scale: float | Tensor, *, rescale: float = 0.0) -> Tensor:
     """`weak + scale (strong − weak)`, its standard deviation moved towards that of `strong`.
 
     Args:
         weak: (B, *).
         strong: (B, *).
-        scale: w; 1 gives `strong`.
+        scale: w, one for all or one for each sample (B,); 1 gives `strong`.
         rescale: 0 leaves the result as it is, 1 gives each sample the standard deviation of `strong`, against
             overexposure at high scales (arXiv 2305.08891, equations 14 to 16).
 
@@ -44,6 +48,10 @@ def guide(weak: Tensor, strong: Tensor, scale: float, *, rescale: float = 0.0) -
         >>> guide(torch.tensor(1.0), torch.tensor(2.0), 3.0)
         tensor(4.)
     """
+    if isinstance(scale, Tensor):
+        if scale.ndim and scale.shape != strong.shape[:1]:
+            raise ValueError(f"scale is {tuple(scale.shape)} for {len(strong)} samples: give one number, or one per sample")
+        scale = like(scale.to(strong), strong)
     guided = weak + scale * (strong - weak)
     if rescale == 0:
         return guided
@@ -56,7 +64,8 @@ def guide(weak: Tensor, strong: Tensor, scale: float, *, rescale: float = 0.0) -
 def predict(model: Callable[..., Any], x: Tensor, t: float, y: Any, **options: Any) -> Any:
     """Call a model at one time for the whole batch; the model gets t as (B,) in at least float32."""
     times = torch.full((len(x),), t, device=x.device, dtype=torch.promote_types(x.dtype, torch.float32))
-    return model(x, times, **options) if y is None else model(x, times, y, **options)
+    output = model(x, times, **options) if y is None else model(x, times, y, **options)
+    return output if options else prediction_in(output, model)
 
 
 @dataclass(frozen=True, eq=False)  # null may be a tensor, which has no single truth value
@@ -64,13 +73,15 @@ class ClassifierFreeGuidance:
     """Guidance whose weak prediction is the whole model with the null condition.
 
     Args:
-        scale: w; 1 is off and calls the model once.
+        scale: w; a number, of which 1 is off and calls the model once, one per sample (B,), or a function of t that gives
+            either.
         interval: guide only while low <= t <= high (arXiv 2404.07724), with t = 0 data and 1 noise.
-        null: null condition, (B, *) or (1, *), or whatever the model takes as y; by default `model.null_condition(B)`.
+        null: null condition, (B, *) or (1, *), or whatever the model takes as y; of a dictionary of conditions those that
+            differ; by default `model.null_condition(B)`.
         rescale: 0 to 1, as in `guide`.
     """
 
-    scale: float
+    scale: Scale
     interval: tuple[float, float] = (0.0, 1.0)
     null: Any = None
     rescale: float = 0.0
@@ -83,11 +94,13 @@ class ClassifierFreeGuidance:
 
         Raises:
             ValueError: no condition to guide towards, or no null condition to guide away from.
+            TypeError: the model returned no prediction.
         """
-        if not _acts(self.scale, self.interval, t):
+        scale = _scale_at(self.scale, self.interval, t)
+        if scale is None:
             return predict(model, x, t, y)
         null = _null(model, self.null, y, len(x))
-        return guide(predict(model, x, t, null), predict(model, x, t, y), self.scale, rescale=self.rescale)
+        return guide(predict(model, x, t, null), predict(model, x, t, y), scale, rescale=self.rescale)
 
 
 @dataclass(frozen=True, eq=False)
@@ -95,7 +108,7 @@ class PathDropGuidance:
     """Guidance whose weak prediction takes the shallow path: encoder, mask token, decoder (SPRINT, Path-Drop Guidance).
 
     Args:
-        scale: w; 1 is off and calls the model once. The paper uses 3.0 for its ImageNet models; the best scale differs
+        scale: w, as in `ClassifierFreeGuidance`. The paper uses 3.0 for its ImageNet models; the best scale differs
             from model to model, so sweep it.
         interval: guide only while low <= t <= high, with t = 0 data and 1 noise.
         weak: condition of the weak prediction: "null" as in the paper, or "same", which needs no null condition and lets a
@@ -104,7 +117,7 @@ class PathDropGuidance:
         rescale: 0 to 1, as in `guide`.
     """
 
-    scale: float
+    scale: Scale
     interval: tuple[float, float] = (0.0, 1.0)
     weak: Weak = "null"
     null: Any = None
@@ -123,16 +136,17 @@ class PathDropGuidance:
         Raises:
             ValueError: the model has no sparse middle, or as for `ClassifierFreeGuidance`.
         """
-        if not _acts(self.scale, self.interval, t):
+        scale = _scale_at(self.scale, self.interval, t)
+        if scale is None:
             return predict(model, x, t, y)
         middle = _middle(model)
         if self.weak == "same" and getattr(unwrapped(model), "shares_encoder", False):
             strong, weak = predict(model, x, t, y, path="both")
-            return guide(weak, strong, self.scale, rescale=self.rescale)
+            return guide(weak, strong, scale, rescale=self.rescale)
         condition = y if self.weak == "same" else _null(model, self.null, y, len(x))
         strong = predict(model, x, t, y)
         with middle.routed(path="shallow"):
-            return guide(predict(model, x, t, condition), strong, self.scale, rescale=self.rescale)
+            return guide(predict(model, x, t, condition), strong, scale, rescale=self.rescale)
 
 
 @dataclass(frozen=True, eq=False)
@@ -140,14 +154,15 @@ class SparseGuidance:
     """Guidance whose weak prediction runs with most tokens dropped, same condition (Sparse Guidance, arXiv 2601.01608).
 
     Args:
-        scale: w; 1 is off and calls the model once.
+        scale: w; a number, of which 1 is off and calls the model once, one per sample (B,), or a function of t that gives
+            either.
         drop: drop sampler of the weak prediction.
         interval: guide only while low <= t <= high, with t = 0 data and 1 noise.
         rescale: 0 to 1, as in `guide`.
         generator: for the draws.
     """
 
-    scale: float
+    scale: Scale
     drop: Drop
     interval: tuple[float, float] = (0.0, 1.0)
     rescale: float = 0.0
@@ -162,7 +177,8 @@ class SparseGuidance:
         Raises:
             ValueError: the model has no sparse middle.
         """
-        if not _acts(self.scale, self.interval, t):
+        scale = _scale_at(self.scale, self.interval, t)
+        if scale is None:
             return predict(model, x, t, y)
         part, host = _middle(model), unwrapped(model)
         strong = predict(model, x, t, y)
@@ -171,7 +187,7 @@ class SparseGuidance:
             grid = host.token_grid(x)
             route = {"subset": self.drop.sample(len(x), grid, device=x.device, generator=self.generator)}
         with part.routed(path="sparse", **route):
-            return guide(predict(model, x, t, y), strong, self.scale, rescale=self.rescale)
+            return guide(predict(model, x, t, y), strong, scale, rescale=self.rescale)
 
 
 def unwrapped(model: Any) -> Any:
@@ -183,8 +199,14 @@ def unwrapped(model: Any) -> Any:
     return model
 
 
-def _acts(scale: float, interval: tuple[float, float], t: float) -> bool:
-    return scale != 1 and interval[0] <= t <= interval[1]
+def _scale_at(scale: Scale, interval: tuple[float, float], t: float) -> float | Tensor | None:
+    """w at time t; None where it does not act."""
+    if not interval[0] <= t <= interval[1]:
+        return None
+    if callable(scale):
+        scale = scale(t)
+        _check_scale(scale, f"scale({t:.4g})")
+    return None if not isinstance(scale, Tensor) and scale == 1 else scale
 
 
 def _null(model: Any, null: Any, y: Any, batch: int) -> Any:
@@ -195,27 +217,56 @@ def _null(model: Any, null: Any, y: Any, batch: int) -> Any:
         if not hasattr(host, "null_condition"):
             raise ValueError(f"{type(host).__name__} has no null_condition(batch): pass null=… to the guidance")
         return host.null_condition(batch)
+    if isinstance(null, Mapping) and isinstance(y, Mapping):
+        if unknown := null.keys() - y.keys():
+            raise ValueError(
+                f"null has {', '.join(sorted(unknown))}, which y has not: name conditions of y ({', '.join(y)})"
+            )
+        return {**y, **{name: _expanded(value, batch) for name, value in null.items()}}
+    return _expanded(null, batch)
+
+
+def _expanded(null: Any, batch: int) -> Any:
     return null.expand(batch, *null.shape[1:]) if isinstance(null, Tensor) and null.ndim and len(null) == 1 else null
 
 
-def _middle(model: Any) -> Any:
-    """The part of a model whose path can be chosen: its `SparseMiddle`, or all of a wrapped model."""
+def middle_of(model: Any) -> Any:
+    """The part of a model whose path can be chosen: its `SparseMiddle`, or all of a wrapped model; None without just one."""
+    found = _with_paths(model)
+    return found[0] if len(found) == 1 else None
+
+
+def _with_paths(model: Any) -> list[Any]:
     host = unwrapped(model)
     modules = host.modules() if isinstance(host, nn.Module) else ()
-    found = [module for module in modules if hasattr(type(module), "routed")]  # PEFT's modules pass attributes on
-    if len(found) != 1:
+    return [module for module in modules if hasattr(type(module), "routed")]  # PEFT's modules pass attributes on
+
+
+def _middle(model: Any) -> Any:
+    if (found := middle_of(model)) is None:
         raise ValueError(
             f"Path-Drop Guidance needs a model with one SparseMiddle, or a wrapped one, "
-            f"{type(host).__name__} has {len(found)}: "
+            f"{type(unwrapped(model)).__name__} has {len(_with_paths(model))}: "
             "use ClassifierFreeGuidance for a model without a shallow path"
         )
-    return found[0]
+    return found
 
 
-def _check(scale: float, interval: tuple[float, float], rescale: float) -> None:
-    if not math.isfinite(scale):
-        raise ValueError(f"scale must be a finite number, 1 for off, got {scale}")
+def _check(scale: Scale, interval: tuple[float, float], rescale: float) -> None:
+    if not callable(scale):
+        _check_scale(scale, "scale")
     if not 0 <= rescale <= 1:
         raise ValueError(f"rescale must be from 0 (off) to 1, got {rescale}")
     if len(interval) != 2 or not 0 <= interval[0] <= interval[1] <= 1:
         raise ValueError(f"interval must be (low, high) with 0 <= low <= high <= 1 (0 data, 1 noise), got {interval}")
+
+
+def _check_scale(scale: Any, name: str) -> None:
+    if isinstance(scale, Tensor):
+        if scale.ndim > 1:
+            raise ValueError(f"{name} must be one number, or one per sample, (B,), got {tuple(scale.shape)}")
+        return  # its values stay on their device
+    if not isinstance(scale, int | float):
+        raise TypeError(f"{name} must be a number, a tensor (B,), or a function of t, got {type(scale).__name__}")
+    if not math.isfinite(scale):
+        raise ValueError(f"{name} must be a finite number, 1 for off, got {scale}")

@@ -85,6 +85,10 @@ class Interpolant(ABC):
             return self.alpha_dot(t) * (x - self.sigma(t) * prediction) / self.alpha(t) + self.sigma_dot(t) * prediction
         return prediction
 
+    def per_velocity(self, t: Tensor, *, kind: Prediction) -> Tensor:
+        """By how much x0 (kind "x") or ε ("noise") differ where velocities differ by one, without sign; elementwise."""
+        return (self.sigma(t) if kind == "x" else self.alpha(t)) / self._determinant(t)
+
     def _determinant(self, t: Tensor) -> Tensor:
         return self.alpha(t) * self.sigma_dot(t) - self.alpha_dot(t) * self.sigma(t)
 

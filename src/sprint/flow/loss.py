@@ -13,7 +13,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from sprint.flow.conventions import prediction_in
+from sprint.flow.guidance import middle_of, unwrapped
 from sprint.flow.interpolants import Interpolant, Prediction, check_prediction, get_interpolant
+from sprint.flow.velocity import check_predicts, interpolant_of, refuse_unadapted
 from sprint.middle.drop import Drop
 from sprint.middle.tokens import TokenSubset
 from sprint.random import Device, normal, uniform
@@ -98,7 +101,7 @@ class LossOutput:
     loss: Tensor
     """To call `backward` on: mean of `per_sample`, plus `repa_weight * repa` if there is REPA; scalar."""
     per_sample: Tensor
-    """Mean squared error of the velocity of each sample, (B,), detached."""
+    """Mean squared error of each sample, (B,), detached."""
     t: Tensor
     """Times, (B,)."""
     repa: Tensor | None
@@ -111,10 +114,12 @@ class FlowMatchingLoss:
     """Mean squared error of the velocity at a random time, with optional token dropping and REPA.
 
     Args:
-        interpolant: "linear", "cosine", "ddpm", or an `Interpolant`.
+        interpolant: "linear", "cosine", "ddpm", or an `Interpolant`; by default that of the `Velocity`, or linear.
         time: "uniform", "lognormal", or a distribution such as `ShiftedTime(3.0)`.
         prediction: what the model predicts: "v", or "x" or "noise", which are converted exactly, so that the loss is the
             velocity's in each case ("x" needs t > 0, "noise" needs t < 1; a time at that end gives an infinite loss).
+        error: whose mean squared error it is: "v", or "noise", DDPM's simple loss, with which noise models were pretrained,
+            or "x". Each is the others' times a factor of t.
         repa_weight: coefficient of the REPA term (0.5 in REPA, arXiv 2410.06940, and in SPRINT).
 
     Examples:
@@ -128,22 +133,25 @@ class FlowMatchingLoss:
     def __init__(
         self,
         *,
-        interpolant: str | Interpolant = "linear",
+        interpolant: str | Interpolant | None = None,
         time: str | Time = "lognormal",
         prediction: Prediction = "v",
+        error: Prediction = "v",
         repa_weight: float = 0.5,
     ) -> None:
         if isinstance(time, str) and time not in TIMES:
             raise ValueError(f"unknown time {time!r}: choose one of {', '.join(TIMES)}, or pass a distribution")
         check_prediction(prediction)
-        self.interpolant = get_interpolant(interpolant)
+        check_prediction(error)
+        self.interpolant = None if interpolant is None else get_interpolant(interpolant)
         self.time: Time = TIMES[time] if isinstance(time, str) else time
         self.prediction: Prediction = prediction
+        self.error: Prediction = error
         self.repa_weight = repa_weight
 
     def __repr__(self) -> str:
-        parts = f"interpolant={self.interpolant}, time={self.time}, prediction={self.prediction!r}"
-        return f"FlowMatchingLoss({parts}, repa_weight={self.repa_weight})"
+        parts = f"interpolant={self.interpolant or 'of the model'}, time={self.time}, prediction={self.prediction!r}"
+        return f"FlowMatchingLoss({parts}, error={self.error!r}, repa_weight={self.repa_weight})"
 
     def __call__(
         self,
@@ -160,30 +168,35 @@ class FlowMatchingLoss:
         """Compute the loss of one batch.
 
         Args:
-            model: called as `model(x, t)`, or `model(x, t, y)` with a condition, plus `subset=` with a drop sampler and
-                `repa=True` with a teacher. With either, or with a generator, it is a `SiT` or has its interface.
+            model: called as `model(x, t)`, or `model(x, t, y)` with a condition, t (B,), 1 for noise. A `SiT`, or a model of
+                its interface, gets `subset=` with a drop sampler, `repa=True` with a teacher, and the generator; a wrapped
+                model, also within a `Velocity` or an adapter of yours, draws its tokens itself.
             x0: data, (B, *), floating point.
             y: condition, passed on.
-            drop: draws the tokens that the middle sees; None shows it all (second stage, or a dense model).
+            drop: draws the tokens that the middle sees; None shows it all (second stage, or a dense model), unless
+                `sprint.path` has chosen another path of a wrapped model.
             repa_target: teacher features of all tokens, (B, N, D), row-major over the token grid.
             t: times, (B,), instead of drawn ones.
             noise: (B, *) like x0, instead of drawn noise.
-            generator: for all draws, also the model's label-drop and path-drop if it is a SPRINT model.
+            generator: for all draws, also label-drop and path-drop of a `SiT`, and of a wrapped model path-drop.
 
         Returns:
             Named results; `.loss` is the one to differentiate.
 
         Raises:
-            ValueError: shapes that do not fit, or a drop sampler for a model without a token grid.
-            TypeError: x0 is not floating point.
+            ValueError: shapes that do not fit, a drop sampler for a model without a token grid, or a model of another
+                convention, which needs a `Velocity`.
+            TypeError: x0 is not floating point, or the model returned no prediction.
         """
-        host = getattr(model, "module", model)  # a DDP wrapper keeps the model there
-        ours = hasattr(host, "token_grid")
-        wrapped = not ours and hasattr(host, "routed")  # by sprint.wrap: it draws the subset itself
-        check_prediction(self.prediction, host)
-        _check_call(x0, drop, repa_target, host=type(host).__name__, drops=ours or wrapped, aligns=ours)
+        host = unwrapped(model)
+        wrapped = _wrapped(model)
+        ours = wrapped is None and callable(getattr(host, "token_grid", None))
+        refuse_unadapted(host)
+        check_predicts(self.prediction, host)
+        _check_call(x0, drop, repa_target, host=type(host).__name__, drops=ours or wrapped is not None, aligns=ours)
+        between = interpolant_of(host, self.interpolant)
         if t is None:
-            t = self.time(len(x0), self.interpolant, device=x0.device, generator=generator)
+            t = self.time(len(x0), between, device=x0.device, generator=generator)
         elif t.shape != x0.shape[:1]:
             raise ValueError(f"t must be ({len(x0)},), one time per sample, got {tuple(t.shape)}")
         if noise is None:
@@ -194,8 +207,8 @@ class FlowMatchingLoss:
         options: dict[str, Any] = {}
         subset = None
         route: Any = nullcontext()
-        if drop is not None and wrapped:
-            route = host.routed(path="sparse", drop=drop, generator=generator)
+        if wrapped is not None and (drop is not None or generator is not None):
+            route = wrapped.routed(**({} if drop is None else {"path": "sparse", "drop": drop}), generator=generator)
         elif drop is not None:
             subset = drop.sample(len(x0), host.token_grid(x0), device=x0.device, generator=generator)
             options["subset"] = subset
@@ -205,20 +218,28 @@ class FlowMatchingLoss:
             options["generator"] = generator
 
         wide = t.to(torch.promote_types(x0.dtype, torch.float32))
-        x = self.interpolant.interpolate(x0, noise, wide)
+        x = between.interpolate(x0, noise, wide)
         with route:
             output = model(x.to(x0.dtype), t, **options) if y is None else model(x.to(x0.dtype), t, y, **options)
-        prediction = output.v if repa_target is not None else output
+        prediction = output.v if repa_target is not None else prediction_in(output, host)
         if prediction.shape != x0.shape:
             raise ValueError(f"the model returned {tuple(prediction.shape)}, expected {tuple(x0.shape)} like x0")
-        v = self.interpolant.to_velocity(prediction.to(x.dtype), x, wide, kind=self.prediction)
-        error = (v - self.interpolant.velocity(x0, noise, wide)).square().flatten(1).mean(1)  # (B,)
+        v = between.to_velocity(prediction.to(x.dtype), x, wide, kind=self.prediction)
+        error = (v - between.velocity(x0, noise, wide)).square().flatten(1).mean(1)  # (B,)
+        if self.error != "v":
+            error = error * between.per_velocity(wide, kind=self.error).square()
         loss, repa = error.mean(), None
         if repa_target is not None:
             seen = repa_target if output.repa_subset is None else output.repa_subset.gather(repa_target)
             repa = repa_loss(output.repa, seen)
             loss = loss + self.repa_weight * repa
         return LossOutput(loss, error.detach(), t, None if repa is None else repa.detach(), subset)
+
+
+def _wrapped(model: Any) -> Any:
+    """The model that `sprint.wrap` has wrapped, in whatever holds it; None for any other."""
+    found = middle_of(model)
+    return found if hasattr(found, "sprint") else None
 
 
 def _check_call(x0: Tensor, drop: Any, repa_target: Tensor | None, *, host: str, drops: bool, aligns: bool) -> None:

@@ -15,10 +15,10 @@ import torch
 from torch import Tensor
 
 from sprint.flow.guidance import Guidance, predict, unwrapped
-from sprint.flow.interpolants import Interpolant, Prediction, check_prediction, get_interpolant
+from sprint.flow.interpolants import Interpolant, Prediction
+from sprint.flow.scheduled import Field, Scheduled, is_scheduler
+from sprint.flow.velocity import Velocity, check_predicts, interpolant_of, refuse_unadapted
 from sprint.random import Generators, normal
-
-Velocity = Callable[[Tensor, float], Tensor]
 
 LAST_NOISE_TIME = 1e-3  # a noise prediction says nothing about the data at t = 1: start this much later
 
@@ -32,7 +32,7 @@ class Solver(Protocol):
 
     def step(
         self,
-        velocity: Velocity,
+        velocity: Field,
         x: Tensor,
         t: float,
         t_next: float,
@@ -56,7 +56,7 @@ class Euler:
 
     def step(
         self,
-        velocity: Velocity,
+        velocity: Field,
         x: Tensor,
         t: float,
         t_next: float,
@@ -73,7 +73,7 @@ class Heun(Euler):
 
     def step(
         self,
-        velocity: Velocity,
+        velocity: Field,
         x: Tensor,
         t: float,
         t_next: float,
@@ -111,7 +111,7 @@ class EulerMaruyama:
 
     def step(
         self,
-        velocity: Velocity,
+        velocity: Field,
         x: Tensor,
         t: float,
         t_next: float,
@@ -149,10 +149,10 @@ def trajectory(
     *,
     y: Any = None,
     guidance: Guidance | None = None,
-    solver: str | Solver = "euler",
+    solver: Any = "euler",
     steps: int = 50,
     times: Sequence[float] | None = None,
-    interpolant: str | Interpolant = "linear",
+    interpolant: str | Interpolant | None = None,
     prediction: Prediction = "v",
     generator: Generators = None,
     progress: bool = False,
@@ -175,26 +175,42 @@ def trajectory(
     if isinstance(y, Tensor) and len(y) != len(noise):
         raise ValueError(f"y holds {len(y)} conditions for {len(noise)} samples: give one per sample")
     host = unwrapped(model)
-    check_prediction(prediction, host)
-    if getattr(model, "training", False):
+    refuse_unadapted(host)
+    check_predicts(prediction, host)
+    if any(getattr(part, "training", False) for part in (model, getattr(host, "model", None))):
         raise ValueError(
             "the model is in training mode, where labels and paths are dropped at random: call model.eval() first"
         )
     if isinstance(y, Tensor) and hasattr(host, "check_condition"):
         host.check_condition(y)
-    method = SOLVERS[solver] if isinstance(solver, str) else solver
-    between = get_interpolant(interpolant)
-    grid = _grid(method.times(steps) if times is None else times, prediction, given=times is not None)
+    between = interpolant_of(host, interpolant)
 
     def velocity(x: Tensor, t: float) -> Tensor:
         seen = x.to(noise.dtype)
         output = predict(model, seen, t, y) if guidance is None else guidance(model, seen, t, y)
         return between.to_velocity(output.to(x.dtype), x, torch.tensor(t, dtype=torch.float64), kind=prediction)
 
+    x = noise.detach().to(state_dtype)
+    if is_scheduler(solver):
+        if times is not None:
+            raise ValueError(f"times were given, but {type(solver).__name__} has a schedule of its own: leave them out")
+        schedule = Scheduled(solver, between, steps=steps, device=x.device, tokens=_tokens(host, x))
+        return _integrate(schedule.step(velocity, generator), x * schedule.scale, schedule.times, progress=progress)
+    method = SOLVERS[solver] if isinstance(solver, str) else solver
+    predicts = host.prediction if isinstance(host, Velocity) else prediction
+    grid = _grid(method.times(steps) if times is None else times, predicts, given=times is not None)
+
     def step(x: Tensor, t: float, t_next: float) -> Tensor:
         return method.step(velocity, x, t, t_next, interpolant=between, generator=generator)
 
-    return _integrate(step, noise.detach().to(state_dtype), grid, progress=progress)
+    return _integrate(step, x, grid, progress=progress)
+
+
+def _tokens(host: Any, x: Tensor) -> int | None:
+    """How many tokens the model makes of x, if it says so."""
+    if hasattr(host, "num_tokens"):
+        return host.num_tokens(x)
+    return math.prod(host.token_grid(x)) if hasattr(host, "token_grid") else None
 
 
 def sample(
@@ -203,10 +219,10 @@ def sample(
     *,
     y: Any = None,
     guidance: Guidance | None = None,
-    solver: str | Solver = "euler",
+    solver: Any = "euler",
     steps: int = 50,
     times: Sequence[float] | None = None,
-    interpolant: str | Interpolant = "linear",
+    interpolant: str | Interpolant | None = None,
     prediction: Prediction = "v",
     generator: Generators = None,
     progress: bool = False,
@@ -215,26 +231,28 @@ def sample(
     """Turn noise into samples.
 
     Args:
-        model: `SiT`, or any function called as `model(x, t, y)`, or `model(x, t)` without a condition; x has the dtype of
-            `noise`, t is (B,). A module must be in `eval()`.
+        model: `SiT`, `Velocity(your_model)`, or any function called as `model(x, t, y)`, or `model(x, t)` without a
+            condition; x has the dtype of `noise`, t is (B,), 1 for noise. A module must be in `eval()`.
         noise: state at t = 1, standard normal, (B, *), floating point, on the model's device.
         y: condition, passed to the model.
         guidance: `ClassifierFreeGuidance`, `PathDropGuidance` or the like; None for the plain conditional model.
-        solver: "euler", "heun", "sde", or an object with `times` and `step`.
+        solver: "euler", "heun", "sde", a scheduler of diffusers, or an object with `times` and `step`.
         steps: at least 1.
         times: decreasing times from at most 1 to at least 0, instead of the solver's grid for `steps`.
-        interpolant: the one the model was trained with, "linear", "cosine", "ddpm" or an `Interpolant`.
+        interpolant: the one the model was trained with, "linear", "cosine", "ddpm" or an `Interpolant`; by default that of
+            the `Velocity`, or linear.
         prediction: what the model predicts, "v", "x" or "noise". A noise prediction says nothing at t = 1, where the data's
             weight is 0, so its default grid starts at 0.999.
         generator: for the noise of the SDE; one, or one per sample, so that no sample depends on its batch.
         progress: show a progress bar (needs tqdm).
-        state_dtype: of the state between steps; float64 as in the reference.
+        state_dtype: of the state between steps; float64 as in the reference. (Schedulers of diffusers keep float32.)
 
     Returns:
         Samples, (B, *), with the dtype of `noise`. No gradient flows; for the states on the way use `trajectory`.
 
     Raises:
-        ValueError: unknown options, conditions that do not fit, or a model in training mode.
+        ValueError: unknown options, conditions that do not fit, a model in training mode or of another convention, or a
+            scheduler that is not of the model's interpolant.
         TypeError: noise is not floating point.
 
     Examples:

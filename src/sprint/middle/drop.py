@@ -276,7 +276,8 @@ class StructuredDrop:
         _check_grid(grid)
         if self.group is not None and len(self.group) != len(grid):
             raise ValueError(
-                f"a grid of {_times(grid)} tokens is not divisible into groups of {_times(self.group)}: give one side per axis"
+                f"a grid of {_times(grid)} tokens is not divisible into groups of {_times(self.group)}: "
+                "give one side per axis"
             )
 
 
@@ -311,7 +312,7 @@ def _same_share_in_each(
     """K tokens, (rows, K), each with probability K / N; a group of n tokens keeps n K / N of them, rounded down or up.
 
     Systematic sampling: all tokens in a line, group after group and shuffled within each, of which every (N / K)-th is taken
-    from a random start on. Positions are whole numbers, (u + i N) // K for u in 0 … N − 1, so that no probability is rounded.
+    from a random start on. Positions are whole numbers, (u + i N) // K for u in 0 … N − 1, so that none is rounded.
     """
     num_tokens = math.prod(grid)
     place = torch.zeros(tuple(grid), dtype=torch.int64, device=device)

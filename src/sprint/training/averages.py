@@ -38,7 +38,8 @@ class Averages(Part):
         elif isinstance(ema, nn.Module):
             self._pairs = _pairs(model, ema)
         elif hasattr(ema, "step"):
-            if getattr(ema, "model_cls", None) is not None and hasattr(model, "sprint"):
+            wrapped = any(hasattr(module, "sprint") for module in model.modules())
+            if getattr(ema, "model_cls", None) is not None and wrapped:
                 raise ValueError(
                     "this EMAModel would save a plain model, without the fusion of the wrapped one: leave model_cls and "
                     "model_config out, and save its weights with ema.store(model.parameters()), "

@@ -15,7 +15,7 @@ from sprint.checkpoint import write_text
 from sprint.hosts.mechanism.bound import Bound, BoundList, bind
 from sprint.hosts.mechanism.paths import path
 from sprint.hosts.mechanism.route import HALF_A_BATCH, Route
-from sprint.hosts.mechanism.state import SprintState, own_state
+from sprint.hosts.mechanism.state import SprintState, own_state, state_of
 
 OPTIONS_FILE = "sprint.json"  # beside a saved model of diffusers: how it was wrapped
 
@@ -26,7 +26,10 @@ class Wrapped:
     sprint: SprintState
 
     def routed(self, **route: Any) -> path:
-        """`sprint.path` under the name that `SparseMiddle` has, for guidance and losses."""
+        """`sprint.path` under the name that `SparseMiddle` has, for guidance and losses; by default, the path of now."""
+        if not route.keys() & {"path", "subset", "drop"}:
+            name, subset, drop, _ = state_of(self).route
+            route |= {"path": name, "subset": subset, "drop": drop}
         return path(self, route.pop("path", "sparse" if route.get("subset") or route.get("drop") else "full"), **route)
 
     def _call_impl(self, *args: Any, **kwargs: Any) -> Any:

@@ -1,0 +1,206 @@
+"""`Velocity`: conventions against hand-written ones, what it refuses, and what takes it."""
+
+import copy
+
+import hosts
+import pytest
+import torch
+from models import tiny
+from torch import nn
+
+import sprint
+from sprint import ClassifierFreeGuidance, FlowMatchingLoss, PathDropGuidance, StructuredDrop, Velocity
+
+X, T = torch.randn(2, 3, 8, 8, generator=torch.Generator().manual_seed(0)), torch.tensor([0.3, 0.7])
+Y = torch.tensor([0.5, 1.0])
+
+
+class Original(hosts.DiT):
+    """In the manner of the original DiT and SiT: labels, and perhaps a variance behind the prediction."""
+
+    def __init__(self, *, variance: bool = False) -> None:
+        super().__init__()
+        self.in_channels, self.variance = 3, variance
+        self.y_embedder = nn.Module()
+        self.y_embedder.num_classes, self.y_embedder.embedding_table = 10, nn.Embedding(11, 16)
+
+    def forward(self, x, t, y):
+        out = super().forward(x, t / 100, self.y_embedder.embedding_table(y).mean(1))
+        return torch.cat([out, out + 1], dim=1) if self.variance else out
+
+
+LABELS = torch.tensor([1, 2])
+
+
+@torch.no_grad()
+def test_dit_and_sit_are_what_their_papers_say():
+    dit, sit = Original(variance=True).eval(), Original().eval()
+    ddpm = sprint.DDPMInterpolant()
+    noise = dit(X, 1000 * T - 1, LABELS)[:, :3]
+    torch.testing.assert_close(
+        Velocity(dit, like="DiT")(X, T, LABELS), ddpm.to_velocity(noise, X, T, kind="noise"), rtol=1e-4, atol=1e-4
+    )
+    assert Velocity(sit, like="SiT")(X, T, LABELS).equal(-sit(X, 1 - T, LABELS))
+    assert Velocity(dit, like="DiT").null_condition(2).tolist() == [10, 10]
+
+
+@torch.no_grad()
+def test_sit_is_sampled_as_by_its_own_loop():
+    sit = Original().double().eval()
+    x = X.double()
+    for step in range(8):  # its time runs from noise to data
+        s = torch.full((2,), step / 8, dtype=torch.float64)
+        x = x + sit(x, s, LABELS) / 8
+    torch.testing.assert_close(sprint.sample(Velocity(sit, like="SiT"), X.double(), y=LABELS, steps=8), x)
+
+
+@pytest.mark.parametrize("interpolant", ["linear", "cosine", "ddpm"])
+@pytest.mark.parametrize("prediction", ["v", "x", "noise"])
+def test_a_loss_through_it_is_the_loss_of_the_prediction(prediction, interpolant):
+    """Both ways to say what a model predicts, and the loss in each quantity, against their definitions."""
+    model, noise = hosts.DiT().double(), torch.randn(2, 3, 8, 8, dtype=torch.float64)
+    x0, t = X.double(), T.double()
+    between = Velocity(model, prediction="v", interpolant=interpolant).interpolant
+    x = between.interpolate(x0, noise, t)
+    v = between.to_velocity(model(x, t, Y), x, t, kind=prediction)
+    truth = {"v": between.velocity(x0, noise, t), "x": x0, "noise": noise}
+    guess = {"v": v, "x": between.data(v, x, t), "noise": between.noise(v, x, t)}
+    velocity = Velocity(model, prediction=prediction, interpolant=interpolant)
+    for kind, exact in truth.items():
+        expected = (guess[kind] - exact).square().mean()
+        through = FlowMatchingLoss(error=kind)(velocity, x0, y=Y, t=t, noise=noise).loss
+        said = FlowMatchingLoss(error=kind, prediction=prediction, interpolant=interpolant)(model, x0, y=Y, t=t, noise=noise)
+        torch.testing.assert_close(through, expected)
+        torch.testing.assert_close(said.loss, expected)
+
+
+def test_options_of_ones_own():
+    class Mine(nn.Module):
+        def forward(self, latent, sigma, *, text):
+            return {"x": latent * sigma.view(-1, 1, 1, 1) + text.mean()}
+
+    velocity = Velocity(
+        Mine(),
+        prediction="x",
+        interpolant="cosine",
+        time=lambda t: 10 * t,
+        call=lambda model, x, t, y: model(x, t, **y)["x"],
+    )
+    text = torch.ones(2, 4)
+    cosine = sprint.CosineInterpolant()
+    expected = cosine.to_velocity(X * 10 * T.view(-1, 1, 1, 1) + 1, X, T, kind="x")
+    torch.testing.assert_close(velocity(X, T, {"text": text}), expected)
+    assert "prediction='x', interpolant=CosineInterpolant(), time=<lambda>" in repr(velocity)
+
+
+def test_a_wrapped_model_within_is_dropped_from_guided_and_trained():
+    model = sprint.wrap(hosts.DiT().eval(), drop=StructuredDrop(0.75), init="xavier", path_drop=0.5)
+    velocity, lengths = Velocity(model, prediction="v", reverse=True), []
+    model.blocks[2].register_forward_hook(lambda module, args, output: lengths.append(output.shape[1]))
+    guided = PathDropGuidance(3.0, null=torch.zeros(2))(velocity, X, 0.25, Y)
+    t = torch.full((2,), 0.75)
+    with sprint.path(model, "shallow"):
+        weak = model(X, t, torch.zeros(2))
+    torch.testing.assert_close(guided, -(weak + 3 * (model(X, t, Y) - weak)))
+    assert lengths == [16, 16]
+    velocity.train()
+    step = sprint.TrainStep(velocity, FlowMatchingLoss(), torch.optim.SGD(model.parameters(), lr=0.1),
+                            ema=copy.deepcopy(velocity))  # fmt: skip
+    before = model.head.weight.clone()
+    assert step(X, y=Y, drop=StructuredDrop(0.75)).updated
+    assert lengths[2:] == [4]
+    assert not model.head.weight.equal(before)
+    torch.testing.assert_close(sprint.CapturedModel(velocity.eval())(X, T, Y), velocity(X, T, Y))
+
+
+def test_a_generator_draws_path_drop_too_and_leaves_the_chosen_path():
+    model = sprint.wrap(hosts.DiT().train(), drop=StructuredDrop(0.75), init="xavier", path_drop=0.5)
+    for chosen in ("full", "sparse"):
+        sprint.path(model, chosen)
+        one, two = (
+            FlowMatchingLoss()(model, X, y=Y, generator=torch.Generator().manual_seed(0)).per_sample for _ in range(2)
+        )
+        assert one.equal(two)
+        assert model.sprint.route[0] == chosen
+
+
+def test_an_adapter_of_ones_own_may_hold_the_wrapped_model():
+    class Mine(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.inner = sprint.wrap(hosts.DiT().eval(), init="xavier")
+
+        def forward(self, x, t, y):
+            return -self.inner(x, 1 - t, y)
+
+    lengths, mine = [], Mine()
+    mine.inner.blocks[2].register_forward_hook(lambda module, args, output: lengths.append(output.shape[1]))
+    FlowMatchingLoss()(mine, X, y=Y, drop=StructuredDrop(0.75))
+    assert lengths == [4]
+
+
+def test_a_wrapped_model_with_a_token_grid_of_its_own_is_still_wrapped():
+    class Grid(hosts.DiT):
+        def token_grid(self, x):
+            return 4, 4
+
+        def forward(self, x, t, y=None, **unused):
+            return super().forward(x, t, y)
+
+    lengths, model = [], sprint.wrap(Grid().eval())
+    model.blocks[2].register_forward_hook(lambda module, args, output: lengths.append(output.shape[1]))
+    FlowMatchingLoss()(model, X, y=Y, drop=StructuredDrop(0.75))
+    assert lengths == [4]
+
+
+@pytest.mark.parametrize(
+    ("make", "error", "message"),
+    [
+        (lambda: Velocity(lambda x, t: x, prediction="v"), TypeError, "model must be a torch.nn.Module, got function"),
+        (lambda: Velocity(hosts.DiT()), ValueError, "not known what DiT predicts.*like='DiT' or like='SiT'"),
+        (lambda: Velocity(hosts.DiT(), like="sit"), ValueError, "unknown convention 'sit': choose one of DiT, SiT"),
+        (lambda: Velocity(hosts.DiT(), prediction="eps"), ValueError, "unknown prediction 'eps'"),
+        (lambda: Velocity(Original(), like="DiT", prediction="v"), ValueError, "predict 'noise' on the ddpm .* say it all"),
+        (lambda: Velocity(tiny()), ValueError, r"SiT is called as model\(x, t, y\) already"),
+        (lambda: Velocity(Original(variance=True), prediction="v")(X, T, LABELS), ValueError, "Velocity.model, channels=3."),
+        (lambda: Velocity(Own(), prediction="v")(X, T), TypeError, "Own returned dict, in which no prediction"),
+        (lambda: FlowMatchingLoss()(Own(), X), TypeError, "Own returned dict, in which no prediction"),
+        (lambda: sprint.sample(Own().eval(), X), TypeError, "Own returned dict, in which no prediction"),
+        (lambda: sprint.sample(noisy(), X, prediction="noise"), ValueError, "a Velocity gives velocities"),
+        (lambda: sprint.sample(noisy(), X, interpolant="linear"), ValueError, "'linear', but this Velocity is on"),
+        (lambda: FlowMatchingLoss(interpolant="cosine")(noisy(), X), ValueError, "but this Velocity is on the DDPM"),
+        (lambda: sprint.sample(noisy().train(), X), ValueError, "in training mode"),
+        (lambda: sprint.sample(half_trained(), X), ValueError, "in training mode"),
+        (lambda: ClassifierFreeGuidance(2.0)(noisy(), X, 0.5, Y), ValueError, "DiT has no null condition of its own"),
+        (lambda: Velocity(Own(), prediction="v", time=lambda t: t).options(), ValueError, "time=.* cannot be written"),
+    ],
+)  # fmt: skip
+def test_bad_input(make, error, message):
+    with pytest.raises(error, match=message):
+        make()
+
+
+class Own(nn.Module):
+    def forward(self, x, t, y=None):
+        return {"x": x}
+
+
+def noisy():
+    return Velocity(hosts.DiT().eval(), prediction="noise", interpolant="ddpm")
+
+
+def half_trained():
+    velocity = noisy()
+    velocity.model.train()
+    return velocity
+
+
+def test_a_noise_model_starts_a_little_later():
+    states = [*sprint.trajectory(noisy(), X, steps=2)]
+    assert [state.t for state in states] == [0.999, 0.5, 0.0]
+
+
+def test_options_can_be_written_and_make_the_same_again():
+    options = {"prediction": "x", "interpolant": "cosine", "time": 1000, "reverse": True}
+    assert Velocity(hosts.DiT(), **options).options() == options
+    assert Velocity(Original(), like="SiT").options() == {"like": "SiT"}
