@@ -157,12 +157,20 @@ def run(name: str, script: Path, folder: Path, out: Path, *options: str) -> dict
     """A training run in a process of its own; what `watch` saw, and the losses."""
     report = folder / "report.json"
     report.unlink(missing_ok=True)
-    given = [
-        f"--pretrained_model_name_or_path={folder / name}", f"--instance_data_dir={folder / 'images'}", f"--output_dir={out}",
-        "--instance_prompt=a disc", f"--resolution={SIDE}", "--train_batch_size=2", "--learning_rate=1e-3", "--seed=0",
-        f"--max_train_steps={STEPS}", "--lr_scheduler=constant", *options,
-    ]  # fmt: skip
-    command = [sys.executable, __file__, "--watch", str(report), TRAINERS[name].middle, str(script), *given]
+    given = {
+        "pretrained_model_name_or_path": folder / name,
+        "instance_data_dir": folder / "images",
+        "output_dir": out,
+        "instance_prompt": "a disc",
+        "resolution": SIDE,
+        "train_batch_size": 2,
+        "max_train_steps": STEPS,
+        "learning_rate": 1e-3,
+        "lr_scheduler": "constant",
+        "seed": 0,
+    }
+    options = (*(f"--{option}={value}" for option, value in given.items()), *options)
+    command = [sys.executable, __file__, "--watch", str(report), TRAINERS[name].middle, str(script), *options]
     done = subprocess.run(command, capture_output=True, text=True, check=False, env={**os.environ, "HF_HUB_OFFLINE": "1"})
     if done.returncode:
         raise SystemExit(f"{name} {' '.join(options)}:\n{done.stdout[-2000:]}{done.stderr[-6000:]}")
@@ -197,9 +205,11 @@ def patched(name: str, checkout: Path, folder: Path) -> Path:
     script.parent.mkdir(parents=True, exist_ok=True)
     script.write_text((checkout / relative).read_text())
     subprocess.run(["git", "apply", patch], cwd=folder, check=True)
-    changed = [line for line in patch.read_text().splitlines() if line[:1] in "+-" and line[:3] not in ("+++", "---")]
-    expect(0 < len([line for line in changed if line[0] == "+"]) <= 8, f"{patch.name} has at most eight lines")
-    expect(all(line[0] == "+" for line in changed), f"{patch.name} only adds lines")
+    changed = [
+        line for line in patch.read_text().splitlines() if line.startswith(("+", "-")) and line[:3] not in ("+++", "---")
+    ]
+    expect(0 < len([line for line in changed if line.startswith("+")]) <= 8, f"{patch.name} has at most eight lines")
+    expect(all(line.startswith("+") for line in changed), f"{patch.name} only adds lines")
     return script
 
 
@@ -238,8 +248,8 @@ def prove(name: str, checkout: Path, folder: Path) -> None:
     expect(len(set(seen["sampling"])) == 1 and seen["sampling"][0] >= TOKENS, f"samples on all tokens: {seen['sampling']}")
     expect(moved(out / "fusion.safetensors").abs().max().item() > 1e-4, "the fusion learns")
     sample(name, folder, out)
-    print(f"{name}: {STEPS} steps, {sparse} of them sparse, loss {seen['loss'][0]:.3f} to {seen['loss'][-1]:.3f}; validated, "
-          f"sampled, {seen['dtypes']}")  # fmt: skip
+    print(f"{name}: {STEPS} steps, {sparse} of them sparse, loss {seen['loss'][0]:.3f} to {seen['loss'][-1]:.3f}, "
+          f"validated and sampled, {seen['dtypes']}")  # fmt: skip
 
     out = folder / f"{name}-bf16"
     seen = run(name, script, folder, out, "--mixed_precision=bf16", "--gradient_checkpointing")
