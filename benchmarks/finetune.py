@@ -4,8 +4,8 @@
     python -m benchmarks.finetune --draw benchmarks/results/cpu/finetune.csv docs/finetune.svg   # the figure
 
 All ways start from the same weights and see the same batches, noise and times: a hundred steps each in its own way, then
-some on all tokens. Before each step the loss is measured on the full path too, on held-out digits with fixed noise: what
-was learned before shows there, whatever path the step took. The first part keeps its weights in --out, to be used again.
+some on all tokens. The loss is measured on the full path too, on held-out digits with fixed noise: what was
+learned before shows there, whatever path the steps take. The first part keeps its weights in --out, to be used again.
 """
 
 import copy
@@ -135,8 +135,8 @@ def pretrain(args: Any, batches: Batches) -> torch.nn.Module:
     return model
 
 
-def go_on(model: torch.nn.Module, way: Way, args: Any, batches: Batches) -> list[tuple[float, float]]:
-    """The loss of each step on its own path, and before it that of the full path on the held-out digits."""
+def go_on(model: torch.nn.Module, way: Way, args: Any, batches: Batches) -> list[tuple[float, float | None]]:
+    """The loss of each step on its own path, and before every fifth that of the full path on the held-out digits."""
     torch.manual_seed(args.seed)
     model, held_out = copy.deepcopy(model), batches.held_out()
     if way.wrap is not None:
@@ -146,7 +146,8 @@ def go_on(model: torch.nn.Module, way: Way, args: Any, batches: Batches) -> list
     optimizer = torch.optim.AdamW(learned, lr=args.rate, weight_decay=0)
     losses = []
     for step in range(args.steps + args.after):
-        full = evaluate(model, held_out)
+        last = step == args.steps + args.after - 1
+        full = evaluate(model, held_out) if step < 10 or step % 5 == 0 or last else None
         for parameter in host:
             parameter.requires_grad_(step >= way.alone * args.steps)
         ratio = way.ratio(step, args.steps) if way.wrap is not None and step < args.steps else 0
@@ -164,16 +165,23 @@ def go_on(model: torch.nn.Module, way: Way, args: Any, batches: Batches) -> list
     return losses
 
 
+def series(rows: list[dict[str, Any]], name: str, kind: str) -> dict[int, float]:
+    """One column of the file by step, where it was measured."""
+    column = f"{name}: {kind}"
+    return {step: float(row[column]) for step, row in enumerate(rows) if row[column] != ""}
+
+
 def summary(name: str, rows: list[dict[str, Any]], steps: int) -> dict[str, Any]:
     """What a reader asks of one way."""
-    own, full = ([float(row[f"{name}: {kind}"]) for row in rows] for kind in ("loss", "full path"))
+    own, full = (list(series(rows, name, kind).values()) for kind in ("loss", "full path"))
+    after = series(rows, name, "full path")[min(steps, len(rows) - 1)]
     return {
         "way": name,
         "loss, first": own[0],
         f"last 10 of {steps}": statistics.fmean(own[max(steps - 10, 0) : steps]),
         "full path, before": full[0],
         "highest": max(full),
-        f"after {steps}": full[min(steps, len(full) - 1)],
+        f"after {steps}": after,
         "at the end": full[-1],
     }
 
@@ -189,10 +197,10 @@ def draw(source: Path, target: Path) -> None:
     shown = {"unwrapped": grey, **dict(zip(DRAWN, colours, strict=False))}
     for axis, kind in zip(axes, ("loss", "full path"), strict=True):
         for name, colour in shown.items():
-            values = [float(row[f"{name}: {kind}"]) for row in rows]
+            values = series(rows, name, kind)
             if kind == "loss":  # a batch is noisy: the mean of five
-                values = [statistics.fmean(values[max(step - 4, 0) : step + 1]) for step in range(len(values))]
-            axis.plot(values, color=colour, linewidth=1.4, label=name)
+                values = {step: statistics.fmean(list(values.values())[max(step - 4, 0) : step + 1]) for step in values}
+            axis.plot(list(values), list(values.values()), color=colour, linewidth=1.4, label=name)
         axis.set_yscale("log")
         axis.set_yticks([0.18, 0.25, 0.5, 1, 2] if kind == "loss" else [0.18, 0.2, 0.22, 0.25], minor=False)
         axis.get_yaxis().set_major_formatter("{x:g}")
@@ -230,7 +238,8 @@ def main() -> None:
     rows: list[dict[str, Any]] = [{"step": step} for step in range(args.steps + args.after)]
     for name, way in WAYS.items():
         for row, (loss, full) in zip(rows, go_on(model, way, args, batches), strict=True):
-            row |= {f"{name}: loss": round(loss, 5), f"{name}: full path": round(full, 5)}
+            row[f"{name}: loss"] = round(loss, 5)
+            row[f"{name}: full path"] = "" if full is None else round(full, 5)
         print(f"{name}: done", flush=True)
     env = report.environment(args.device)
     report.publish("finetune_summary", [summary(name, rows, args.steps) for name in WAYS], out=args.out, env=env)
