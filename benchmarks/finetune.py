@@ -16,6 +16,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import matplotlib
 import torch
 from diffusers.models.transformers.dit_transformer_2d import DiTTransformer2DModel
 from matplotlib.figure import Figure
@@ -212,7 +213,8 @@ def draw(source: Path, target: Path) -> None:
         for spine in axis.spines.values():
             spine.set_color(grey)
     axes[0].legend(labelcolor=grey, frameon=False, fontsize=9)
-    figure.savefig(target, transparent=True, metadata={"Date": None})
+    with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": "finetune"}):
+        figure.savefig(target, transparent=True, metadata={"Date": None})
 
 
 DRAWN = ("sparse 0.75", "ramp to 0.75", "fusion first", "routing 0.75", "routing, ramp")
