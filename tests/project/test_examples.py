@@ -1,6 +1,7 @@
 """The examples run; the quickstart resumes to the same bits, and refuses a folder of another run."""
 
 import os
+import re
 import runpy
 import subprocess
 import sys
@@ -73,3 +74,33 @@ def test_diffusers_examples_run(name, says):
     )
     assert run.returncode == 0, run.stderr
     assert says in run.stdout
+
+
+@pytest.mark.slow
+def test_accelerate_loop_goes_on_where_it_was(tmp_path):
+    command = [sys.executable, SCRIPT.with_name("accelerate_loop.py"), "--out", tmp_path, "--mixed_precision", "bf16"]
+    for steps, says in (("6", "step 6: loss"), ("8", "goes on at step 6\nstep 7: loss")):
+        run = subprocess.run([*command, "--steps", steps], capture_output=True, text=True, check=False, env=ENVIRONMENT)
+        assert run.returncode == 0, run.stderr
+        assert says in run.stdout
+        assert "the same weights" in run.stdout
+
+
+@pytest.mark.slow
+def test_lightning_module_goes_on_where_it_was(tmp_path):
+    command = [sys.executable, SCRIPT.with_name("lightning_module.py"), "--out", tmp_path]
+    for epochs, says in (("2", "stopped: `max_epochs=2`"), ("3", "Restored all states from the checkpoint")):
+        run = subprocess.run([*command, "--epochs", epochs], capture_output=True, text=True, check=False, env=ENVIRONMENT)
+        assert run.returncode == 0, run.stderr
+        assert says in run.stdout + run.stderr
+        assert "the same weights" in run.stdout
+
+
+def test_patches_of_trainers_are_those_of_the_docs():
+    shown = (SCRIPT.parents[1] / "docs" / "trainers.md").read_text()
+    for name in ("sd3", "flux"):
+        lines = SCRIPT.with_name("trainers").joinpath(f"{name}_lora.patch").read_text().splitlines()
+        changed = [line for line in lines if line.startswith(("+", "-")) and line[:3] not in ("+++", "---")]
+        assert 0 < len(changed) <= 8
+        for line in changed:
+            assert re.search(f"^{re.escape(line[0])} *{re.escape(line[1:].strip())}$", shown, flags=re.MULTILINE), line
