@@ -56,6 +56,8 @@ WAYS = {
     "sparse 0.5": Way(ratio=lambda step, steps: 0.5),
     "ramp to 0.75": Way(ratio=ramp),
     "fusion first": Way(alone=0.5),
+    "fill 0.75": Way({"fill": "shallow"}),
+    "fill, ramp": Way({"fill": "shallow"}, ratio=ramp),
     "routing 0.75": Way({"merge": "routing"}),
     "routing, ramp": Way({"merge": "routing"}, ratio=ramp),
 }

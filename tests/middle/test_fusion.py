@@ -54,6 +54,38 @@ def test_ablations_are_halves_of_the_plain_form(sources, half):
     torch.testing.assert_close(fusion.eval()(shallow, deep, subset), expected)
 
 
+def test_a_fill_of_shallow_tokens_equals_the_plain_form():
+    """`W [g_pad ; f] + b` with f, not the mask token, wherever g is not: outputs and gradients."""
+    torch.manual_seed(0)
+    fusion = SparseDenseResidual(6, fill="shallow").double()
+    _, shallow, deep, subset = problem()
+    weight, bias = fusion.proj.weight, fusion.proj.bias
+    dropped = torch.tensor([False, True, False])
+
+    def plain(deep, keep):
+        padded = shallow if deep is None else shallow.scatter(1, keep[..., None].expand_as(deep), deep)
+        padded = torch.where(dropped.view(-1, 1, 1), shallow, padded)
+        return torch.cat([padded, shallow], dim=-1) @ weight.T + bias
+
+    direction = torch.randn_like(shallow)
+    for arguments in ((deep, subset.keep), (None, None)):
+        expected = plain(*arguments)
+        actual = fusion(shallow) if arguments[0] is None else fusion(shallow, deep, subset, dropped=dropped)
+        torch.testing.assert_close(actual, expected, rtol=1e-12, atol=1e-12)
+        inputs = [weight, bias, shallow] + ([deep] if arguments[0] is not None else [])
+        torch.testing.assert_close(
+            torch.autograd.grad(actual, inputs, direction), torch.autograd.grad(expected, inputs, direction),
+            rtol=1e-12, atol=1e-12,
+        )  # fmt: skip
+    every = torch.randn_like(shallow)
+    whole = fusion.eval()(shallow, every)
+    torch.testing.assert_close(whole, torch.cat([every, shallow], dim=-1) @ weight.T + bias, rtol=1e-12, atol=1e-12)
+    identity = SparseDenseResidual(6, init="identity", fill="shallow").eval()
+    f, g = torch.randn(2, 2, 16, 6)
+    assert identity(f, g).equal(g)
+    assert identity(f).equal(f)
+
+
 class LargestTensor(TorchDispatchMode):
     """Records the number of elements of the largest tensor that any operation makes."""
 

@@ -17,7 +17,7 @@ from sprint.hosts.mechanism.places import Place, find_places, placed_as, width_o
 from sprint.hosts.mechanism.state import SprintState, find_wrapped, own_state, state_of
 from sprint.hosts.mechanism.wrapped import OPTIONS_FILE, Wrapped, class_of_list, class_of_model, unwrapped_class
 from sprint.middle.drop import Drop
-from sprint.middle.fusion import Init, MaskRestore, SparseDenseResidual, TokenRouting
+from sprint.middle.fusion import Fill, Init, MaskRestore, SparseDenseResidual, TokenRouting
 
 __all__ = ["OPTIONS_FILE", "SprintState", "path", "state_of", "unwrap", "wrap"]
 
@@ -35,6 +35,7 @@ def wrap(
     merge: Merge = "residual",
     init: Init = "identity",
     learnable_mask: bool | None = None,
+    fill: Fill = "mask",
     grid: tuple[int, ...] | None = None,
     checkpoint: bool = False,
     host: Host | None = None,
@@ -55,6 +56,8 @@ def wrap(
         init: of the residual fusion. "identity" leaves a pretrained model as it is, bit by bit, on the full path;
             "xavier" is the paper's, for training from scratch.
         learnable_mask: train the mask token; by default frozen for "residual", as in the reference, and trained for "mask".
+        fill: of the residual fusion, what stands for the deep tokens where the middle did not run: "mask" as in the paper, or
+            "shallow", the encoder's tokens, to go on from a pretrained model without a high loss at first.
         grid: token grid, where the model's arguments do not tell it (packed latents).
         checkpoint: recompute each block in the backward pass instead of storing its activations, for models without gradient
             checkpointing of their own; drops and fusion stay outside.
@@ -69,6 +72,8 @@ def wrap(
     """
     _check_model(model)
     _check_options(drop, path_drop, merge, host)
+    if fill != "mask" and merge != "residual":
+        raise ValueError(f"fill={fill!r} is an option of merge='residual', got merge={merge!r}: leave it out")
     found, declared = (host, True) if host is not None else declaration(model)
     places, depth = find_places(model, found)
     if min(encoder_depth, decoder_depth) < 0 or encoder_depth + decoder_depth >= depth:
@@ -79,7 +84,9 @@ def wrap(
     device, dtype = placed_as(model, places)
     width = width_of(model, found)
     fusions = {
-        "residual": lambda: SparseDenseResidual(width, path_drop=path_drop, init=init, learnable_mask=bool(learnable_mask)),
+        "residual": lambda: SparseDenseResidual(
+            width, path_drop=path_drop, init=init, learnable_mask=bool(learnable_mask), fill=fill
+        ),
         "routing": lambda: TokenRouting(width, path_drop=path_drop),
         "mask": lambda: MaskRestore(width, path_drop=path_drop, learnable_mask=learnable_mask is not False),
     }
@@ -98,6 +105,7 @@ def wrap(
         "merge": merge,
         "init": init,
         "learnable_mask": learnable_mask,
+        "fill": fill,
         "grid": state.grid,
         "checkpoint": checkpoint,
     }

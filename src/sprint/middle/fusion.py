@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 
 Sources = Literal["both", "deep", "shallow"]
 Init = Literal["xavier", "identity"]
+Fill = Literal["mask", "shallow"]
 
 
 class SplitLinear(nn.Module):
@@ -163,6 +164,8 @@ class SparseDenseResidual(Fusion):
         path_drop: probability in [0, 1] of replacing a sample's deep tokens by the mask token, in training.
         sources: "both", or the paper's ablations "deep" (`W_g g_pad + b`) and "shallow" (`W_f f + b`), W: (C, C).
         learnable_mask: train the mask token. The reference freezes it at N(0, 0.02), and so do we by default.
+        fill: what stands for g where the middle did not run: the mask token, as in the paper, or f, with which a pretrained
+            model begins to drop tokens from a loss near its own (`W_g` is then multiplied on all tokens).
         init: "xavier" (from scratch), or "identity", `W = [I ; 0]`: the output is the deep path, bit by bit, which
             leaves a pretrained model unchanged as long as nothing is dropped, also under autocast.
 
@@ -180,6 +183,7 @@ class SparseDenseResidual(Fusion):
         sources: Sources = "both",
         learnable_mask: bool = False,
         init: Init = "xavier",
+        fill: Fill = "mask",
     ) -> None:
         super().__init__(dim, path_drop=path_drop)
         if sources not in get_args(Sources):
@@ -188,7 +192,12 @@ class SparseDenseResidual(Fusion):
             raise ValueError(f"unknown init {init!r}: choose one of {', '.join(get_args(Init))}")
         if init == "identity" and sources == "shallow":
             raise ValueError("init='identity' keeps the deep path, which sources='shallow' leaves out: use init='xavier'")
-        self.sources, self.init = sources, init
+        if fill not in get_args(Fill):
+            raise ValueError(f"unknown fill {fill!r}: choose one of {', '.join(get_args(Fill))}")
+        if fill == "shallow" and (learnable_mask or sources == "shallow"):
+            what = "sources='shallow' has no deep half" if sources == "shallow" else "learnable_mask would train no token"
+            raise ValueError(f"fill='shallow' puts f in the deep half instead of the mask token, and {what}: leave it out")
+        self.sources, self.init, self.fill = sources, init, fill
         self.proj = SplitLinear(2 if sources == "both" else 1, dim, residual=init == "identity")
         self.mask_token = nn.Parameter(torch.empty(1, 1, dim), requires_grad=learnable_mask)
         self.reset_parameters()
@@ -204,21 +213,27 @@ class SparseDenseResidual(Fusion):
             nn.init.xavier_uniform_(self.proj.weight)
 
     def fuse(self, shallow: Tensor, deep: Tensor | None, subset: "TokenSubset | None", dropped: Tensor | None) -> Tensor:
-        """`W_g g_pad + W_f f + b`; where the middle did not run or was lost, the mask token stands for g."""
+        """`W_g g_pad + W_f f + b`; where the middle did not run or was lost, the fill stands for g."""
         if self.sources == "shallow":
             return self.proj(shallow)[0].to(shallow.dtype)  # the stream keeps its dtype under autocast
         source = None if self.sources == "deep" else shallow
+        rest = shallow if self.fill == "shallow" else self.mask_token
         if deep is None:
-            base, fill = self.proj(source, self.mask_token)
+            base, fill = self.proj(source, rest)
             return (base + fill).to(shallow.dtype).expand_as(shallow)
-        base, fill, sparse = self.proj(source, self.mask_token, deep)  # (B, N, C), (1, 1, C), (B, K, C)
+        if self.fill == "shallow" and subset is None and dropped is None:
+            base, sparse = self.proj(source, deep)
+            return (sparse + base).to(shallow.dtype)
+        base, fill, sparse = self.proj(source, rest, deep)  # (B, N, C), (1, 1, C) or (B, N, C), (B, K, C)
         if dropped is not None:
-            sparse = torch.where(dropped.view(-1, 1, 1), fill.to(sparse.dtype), sparse)
+            lost = subset.gather(fill) if subset is not None and self.fill == "shallow" else fill
+            sparse = torch.where(dropped.view(-1, 1, 1), lost.to(sparse.dtype), sparse)
         # The deep tokens come first, so that the sum has their strides, on which later kernels' last bits may depend.
         return ((sparse if subset is None else subset.restore(sparse, fill)) + base).to(shallow.dtype)
 
     def extra_repr(self) -> str:
-        return f"dim={self.dim}, path_drop={self.path_drop}, sources={self.sources!r}"
+        fill = "" if self.fill == "mask" else f", fill={self.fill!r}"
+        return f"dim={self.dim}, path_drop={self.path_drop}, sources={self.sources!r}{fill}"
 
 
 class TokenRouting(Fusion):
