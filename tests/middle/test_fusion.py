@@ -189,6 +189,9 @@ def test_state_dict_is_the_plain_form():
         ({"sources": "dense"}, "unknown sources 'dense': choose one of both, deep, shallow"),
         ({"init": "zeros"}, "unknown init 'zeros': choose one of xavier, identity"),
         ({"init": "identity", "sources": "shallow"}, "use init='xavier'"),
+        ({"fill": "zeros"}, "unknown fill 'zeros': choose one of mask, shallow"),
+        ({"fill": "shallow", "learnable_mask": True}, "instead of the mask token, and learnable_mask would train no token"),
+        ({"fill": "shallow", "sources": "shallow"}, "and sources='shallow' has no deep half: leave it out"),
     ],
 )
 def test_bad_options(options, message):

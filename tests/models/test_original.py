@@ -87,7 +87,7 @@ X, T, Y = torch.randn(3, 4, 8, 8, generator=torch.Generator().manual_seed(1)), t
 @torch.no_grad()
 def test_the_same_velocity_with_time_and_sign_turned():
     theirs = original()
-    ours = from_original(theirs.state_dict(), heads=2).eval()
+    ours = from_original(theirs.state_dict(), heads=2, num_classes=10).eval()
     torch.testing.assert_close(ours(X, T, Y), -theirs(X, 1 - T, Y), rtol=1e-4, atol=1e-5)  # float32
     assert ours.config.middle_depth == 2
 
@@ -96,7 +96,7 @@ def test_the_same_velocity_with_time_and_sign_turned():
 def test_the_same_samples():
     """Their Euler steps from noise at 0 to data at 1."""
     theirs = original()
-    ours = from_original(theirs.state_dict(), heads=2).eval()
+    ours = from_original(theirs.state_dict(), heads=2, num_classes=10).eval()
     x = X.double()
     for i in range(5):
         x = x + theirs(x.float(), torch.full((3,), i / 5), Y).double() / 5
@@ -106,7 +106,7 @@ def test_the_same_samples():
 @torch.no_grad()
 def test_there_and_back():
     theirs = original()
-    ours = from_original(theirs.state_dict(), heads=2, encoder_depth=1, decoder_depth=2)
+    ours = from_original(theirs.state_dict(), heads=2, num_classes=10, encoder_depth=1, decoder_depth=2)
     again = OriginalSiT()
     again.load_state_dict(to_original(ours, grid=(4, 4)))
     torch.testing.assert_close(again(X, T, Y), theirs(X, T, Y), rtol=1e-4, atol=1e-5)
@@ -119,7 +119,7 @@ STEPS = torch.tensor([0.0, 300.0, 999.0])
 def test_dit_predicts_the_same_noise_at_its_steps():
     """An original DiT is the same network, called with a step, and its output is noise, with nothing turned."""
     theirs = original()
-    ours = from_original(theirs.state_dict(), heads=2, kind="dit").eval()
+    ours = from_original(theirs.state_dict(), heads=2, num_classes=10, kind="dit").eval()
     expected = theirs(X, STEPS, Y)
     torch.testing.assert_close(ours(X, (STEPS + 1) / 1000, Y), expected, rtol=1e-3, atol=1e-4)  # float32 angles up to 1000
     assert (ours.config.prediction, ours.config.time_scale) == ("noise", 1000.0)
@@ -132,7 +132,7 @@ def test_dit_predicts_the_same_noise_at_its_steps():
 def test_dit_samples_as_ddim_does():
     """Many small steps of our ODE and of DDIM (arXiv 2010.02502) on DiT's own schedule end in the same image."""
     theirs = original()
-    ours = from_original(theirs.state_dict(), heads=2, kind="dit").eval()
+    ours = from_original(theirs.state_dict(), heads=2, num_classes=10, kind="dit").eval()
     bars = (1 - torch.linspace(1e-4, 0.02, 1000, dtype=torch.float64)).cumprod(0)
     x = X.double()
     for k in range(999, 199, -1):  # the schedule's stiff end is left out of the comparison
@@ -145,8 +145,42 @@ def test_dit_samples_as_ddim_does():
     assert (actual.double() - x).norm() < 0.02 * x.norm()
 
 
+@torch.no_grad()
+def test_repa_has_our_time_and_velocity_and_its_heads_are_left_out():
+    theirs = original()
+    state = theirs.state_dict() | {"projectors.0.0.weight": torch.randn(4, 16), "projectors.0.0.bias": torch.randn(4)}
+    ours = from_original(state, heads=2, num_classes=10, kind="repa").eval()
+    torch.testing.assert_close(ours(X, T, Y), theirs(X, T, Y), rtol=1e-4, atol=1e-5)
+    with pytest.raises(ValueError, match=r"has no tensor projectors.0.0.weight"):
+        from_original(state, heads=2, num_classes=10)
+
+
+@pytest.mark.parametrize("prefix", ["module.", "_orig_mod.", "module._orig_mod.", "_orig_mod.module."])
+def test_prefixes_of_wrappers_are_taken_off(prefix):
+    state = original().state_dict()
+    plain = from_original(state, heads=2, num_classes=10).state_dict()
+    wrapped = from_original({prefix + name: tensor for name, tensor in state.items()}, heads=2, num_classes=10)
+    assert all(tensor.equal(plain[name]) for name, tensor in wrapped.state_dict().items() if "mask_token" not in name)
+
+
+@torch.no_grad()
+def test_a_model_without_a_null_row_keeps_all_its_classes():
+    theirs = original()  # 11 rows
+    ours = from_original(theirs.state_dict(), heads=2, num_classes=11).eval()
+    last = torch.tensor([10, 10, 10])
+    torch.testing.assert_close(ours(X, T, last), -theirs(X, 1 - T, last), rtol=1e-4, atol=1e-5)
+    assert (ours.config.num_classes, ours.config.label_drop) == (11, 0.0)
+    assert ours.null_condition(1).tolist() == [11]
+    with pytest.warns(UserWarning, match="null condition of this SiT was never trained .*label_drop=0.*weak='same'"):
+        sprint.ClassifierFreeGuidance(2.0)(ours, X, 0.5, Y)
+    with pytest.raises(ValueError, match="11 rows: pass num_classes=10 if the last row is the null .* num_classes=11 if"):
+        from_original(theirs.state_dict(), heads=2)
+    with pytest.raises(ValueError, match="11 rows, and num_classes=9 was given: pass num_classes=10 if"):
+        from_original(theirs.state_dict(), heads=2, num_classes=9)
+
+
 def test_the_converted_model_trains_sparse_and_saves(tmp_path):
-    ours = from_original(original().state_dict(), heads=2)
+    ours = from_original(original().state_dict(), heads=2, num_classes=10)
     out = sprint.FlowMatchingLoss()(ours, X, y=Y, drop=sprint.StructuredDrop(0.75))
     out.loss.backward()
     assert all(p.grad is not None for p in ours.parameters() if p.requires_grad)
@@ -162,18 +196,18 @@ def test_what_cannot_be_converted():
     with pytest.raises(ValueError, match="no checkpoint of the original SiT, it has no x_embedder"):
         from_original({}, heads=2)
     with pytest.raises(ValueError, match="leave no middle of 6 blocks"):
-        from_original(state, heads=2, encoder_depth=4)
+        from_original(state, heads=2, num_classes=10, encoder_depth=4)
     with pytest.raises(ValueError, match="not the fixed table"):
-        from_original(state | {"pos_embed": state["pos_embed"] + 1}, heads=2)
+        from_original(state | {"pos_embed": state["pos_embed"] + 1}, heads=2, num_classes=10)
     with pytest.raises(ValueError, match="has no tensor extra"):
-        from_original(state | {"extra": torch.zeros(1)}, heads=2)
-    with pytest.raises(ValueError, match="unknown kind 'uvit': choose one of sit, dit"):
-        from_original(state, heads=2, kind="uvit")
+        from_original(state | {"extra": torch.zeros(1)}, heads=2, num_classes=10)
+    with pytest.raises(ValueError, match="unknown kind 'uvit': choose one of sit, dit, repa"):
+        from_original(state, heads=2, num_classes=10, kind="uvit")
     with pytest.raises(ValueError, match="has prediction='x', time_scale=1"):
         to_original(tiny(positions="sincos", qk_norm=False, prediction="x"))
     with pytest.raises(ValueError, match="has sincos positions"):
         to_original(tiny())
-    ours = from_original(state, heads=2)
+    ours = from_original(state, heads=2, num_classes=10)
     with torch.no_grad():
         ours.middle.fusion.proj.bias.add_(1)
     with pytest.raises(ValueError, match="the fusion was trained"):

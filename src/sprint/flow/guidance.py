@@ -10,6 +10,7 @@ may be applied to predictions of v, x or noise and to drifts alike: all of them 
 """
 
 import math
+import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal, Protocol
@@ -24,6 +25,12 @@ from sprint.middle.drop import Drop
 Weak = Literal["null", "same"]
 Scale = float | Tensor | Callable[[float], float | Tensor]
 """w: one for all samples, one for each (B,), or a function of t that gives either."""
+
+
+_UNTRAINED = (
+    "the null condition of this {} was never trained (its label_drop=0), so guidance leads away from noise: train with "
+    "label_drop, or use PathDropGuidance(…, weak='same'), which needs none"
+)
 
 
 class Guidance(Protocol):
@@ -216,6 +223,8 @@ def _null(model: Any, null: Any, y: Any, batch: int) -> Any:
         host = unwrapped(model)
         if not hasattr(host, "null_condition"):
             raise ValueError(f"{type(host).__name__} has no null_condition(batch): pass null=… to the guidance")
+        if getattr(getattr(host, "config", None), "label_drop", None) == 0:
+            warnings.warn(_UNTRAINED.format(type(host).__name__), stacklevel=4)
         return host.null_condition(batch)
     if isinstance(null, Mapping) and isinstance(y, Mapping):
         if unknown := null.keys() - y.keys():

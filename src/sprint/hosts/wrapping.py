@@ -56,8 +56,8 @@ def wrap(
         init: of the residual fusion. "identity" leaves a pretrained model as it is, bit by bit, on the full path;
             "xavier" is the paper's, for training from scratch.
         learnable_mask: train the mask token; by default frozen for "residual", as in the reference, and trained for "mask".
-        fill: of the residual fusion, what stands for the deep tokens where the middle did not run: "mask" as in the paper, or
-            "shallow", the encoder's tokens, to go on from a pretrained model without a high loss at first.
+        fill: of the residual fusion, what stands for the deep tokens where the middle did not run: "mask" as in the paper,
+            or "shallow", the encoder's tokens, to go on from a pretrained model without a high loss at first.
         grid: token grid, where the model's arguments do not tell it (packed latents).
         checkpoint: recompute each block in the backward pass instead of storing its activations, for models without gradient
             checkpointing of their own; drops and fusion stay outside.

@@ -1,6 +1,6 @@
-"""Checkpoints of the original SiT (arXiv 2401.08740) and DiT (arXiv 2212.09748) as our `SiT`, and back.
+"""Checkpoints of the original SiT (arXiv 2401.08740), DiT (arXiv 2212.09748) and REPA (arXiv 2410.06940) as our `SiT`.
 
-It is the same function in other words. Both have the same tensors; what they mean differs from ours, and is turned
+It is the same function in other words. All have the same tensors; what they mean differs from ours, and is turned
 exactly, in float64. SiT:
 
 - time runs from noise (0) to data (1). Ours runs the other way; the sinusoids of 1 - t are a reflection of those of t in
@@ -12,6 +12,8 @@ exactly, in float64. SiT:
 DiT predicts the noise, which has the same sign everywhere, at one of 1000 steps: step k is our `t = (k + 1) / 1000`, whose
 sinusoids `time_scale=1000` and a rotation of each (cosine, sine) pair give. Sample it, and train it on, with
 `prediction="noise", interpolant="ddpm"`; its variances, the second half of its channels, are dropped.
+
+REPA's SiT has our time, sign and velocity already; its projection heads, which are for training alone, are left out.
 
 The fusion starts as the identity, so that the full path is the original model; the sparse and shallow paths have to be
 trained.
@@ -30,9 +32,10 @@ from sprint.models.config import SiTConfig
 from sprint.models.layers import sincos_positions
 from sprint.models.sit import SiT
 
-Kind = Literal["sit", "dit"]
+Kind = Literal["sit", "dit", "repa"]
 
 _TIME = "t_embedder.mlp.0.weight"
+_WRAPPERS = ("module.", "_orig_mod.")
 
 
 _DIT: dict[str, Any] = {"time_scale": 1000.0, "prediction": "noise"}
@@ -43,16 +46,21 @@ def from_original(
     *,
     heads: int,
     kind: Kind = "sit",
+    num_classes: int | None = None,
     patch_size: int = 2,
     encoder_depth: int = 2,
     decoder_depth: int = 2,
 ) -> SiT:
-    """Build our model of an original SiT's or DiT's state dictionary.
+    """Build our model of an original SiT's, DiT's or REPA's state dictionary.
 
     Args:
-        tensors: `state_dict` of the original, such as the "ema" of its checkpoint.
-        kind: "sit" or "dit"; no tensor tells them apart.
+        tensors: `state_dict` of the original, such as the "ema" of its checkpoint; prefixes of DistributedDataParallel and
+            `torch.compile` are taken off.
+        kind: "sit", "dit" or "repa"; no tensor tells them apart.
         heads: attention heads, which no tensor tells (16 for XL/2).
+        num_classes: its classes. The table of a model that was trained with label dropout has one row more, the null
+            condition; one of just as many rows gets a null row that was never trained, and `label_drop=0`. By default 1000
+            for a table of 1001 rows; another must be said, since a real class would be taken for the null one.
         patch_size: of the model.
         encoder_depth: blocks before the middle.
         decoder_depth: blocks after it.
@@ -62,6 +70,7 @@ def from_original(
     """
     if kind not in get_args(Kind):
         raise ValueError(f"unknown kind {kind!r}: choose one of {', '.join(get_args(Kind))}")
+    tensors = _plain_names(tensors)
     needed = ("x_embedder.proj.weight", "pos_embed", _TIME, "y_embedder.embedding_table.weight", "final_layer.linear.weight")
     if missing := [name for name in needed if name not in tensors]:
         raise ValueError(f"this is no checkpoint of the original SiT, it has no {', '.join(missing)}: pass its state_dict")
@@ -73,6 +82,9 @@ def from_original(
         raise ValueError(
             f"encoder_depth={encoder_depth} and decoder_depth={decoder_depth} leave no middle of {depth} blocks"
         )
+    table = tensors["y_embedder.embedding_table.weight"]
+    num_classes = _classes(len(table), num_classes)
+    untrained: dict[str, Any] = {"label_drop": 0.0} if len(table) == num_classes else {}
     config = SiTConfig(
         dim=dim,
         heads=heads,
@@ -82,10 +94,11 @@ def from_original(
         patch_size=patch_size,
         in_channels=channels,
         mlp_ratio=tensors["blocks.0.mlp.fc1.weight"].shape[0] / dim,
-        num_classes=tensors["y_embedder.embedding_table.weight"].shape[0] - 1,
+        num_classes=num_classes,
         positions="sincos",
         qk_norm=False,
         **(_DIT if kind == "dit" else {}),
+        **untrained,
     )
     _check_positions(tensors["pos_embed"])
     model = SiT(config)
@@ -95,12 +108,14 @@ def from_original(
     fusion.reset_parameters()
     state = model.state_dict()
     for name, tensor in tensors.items():
-        if name == "pos_embed":
+        if name == "pos_embed" or (kind == "repa" and name.startswith("projectors.")):
             continue
         ours = _ours(name, config)
         if ours not in state:
             raise ValueError(f"the original SiT has no tensor {name}: this checkpoint is of another model")
-        turned = _turned(name, tensor, config)
+        turned = _turned(name, tensor, config, turns=kind != "repa")
+        if tensor is table and untrained:
+            turned = torch.cat([table, table.mean(0, keepdim=True)])
         if state[ours].shape != turned.shape:
             raise ValueError(f"{name} has shape {tuple(turned.shape)}, expected {tuple(state[ours].shape)}")
         state[ours] = turned.to(state[ours].dtype)
@@ -147,11 +162,32 @@ def to_original(model: SiT, *, grid: tuple[int, int] = (16, 16)) -> dict[str, Te
     return theirs
 
 
-def _turned(name: str, tensor: Tensor, config: SiTConfig) -> Tensor:
-    """A tensor of theirs as ours."""
+def _plain_names(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Without the prefixes that wrappers of a whole model put before its names."""
+    found = dict(tensors)
+    while found and (prefix := next((p for p in _WRAPPERS if all(name.startswith(p) for name in found)), None)):
+        found = {name.removeprefix(prefix): tensor for name, tensor in found.items()}
+    return found
+
+
+def _classes(rows: int, said: int | None) -> int:
+    """The classes of a table; which row is the null condition, none of its numbers tells."""
+    if said is None and rows == 1001:
+        return 1000
+    if said is None or rows not in (said, said + 1):
+        raise ValueError(
+            f"the table of classes has {rows} rows{'' if said is None else f', and num_classes={said} was given'}: "
+            f"pass num_classes={rows - 1} if the last row is the null condition of label dropout, num_classes={rows} if it "
+            "was trained without"
+        )
+    return said
+
+
+def _turned(name: str, tensor: Tensor, config: SiTConfig, *, turns: bool) -> Tensor:
+    """A tensor of theirs as ours; `turns` where their time and sign are others."""
     if name.startswith("final_layer.linear."):
-        return _our_patches(_signed(tensor, config), config)
-    if name == _TIME:
+        return _our_patches(_signed(tensor, config) if turns else tensor, config)
+    if name == _TIME and turns:
         return _our_time(tensor, config)
     return tensor.flatten(1) if name == "x_embedder.proj.weight" else tensor
 
