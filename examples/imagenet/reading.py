@@ -1,8 +1,9 @@
 """A YAML file of train.py's options, checked whole before anything else happens.
 
 Sections (`model:`, `training:`, ...) may group options; they change nothing. `ALIASES` lists names of other projects that
-are understood. Unknown options are errors, and so are options without effect: `representation_depth` while
-`representation_align` is not mentioned, say. Next to an explicit `representation_align: false` it is understood as parked.
+are understood, and whole files of the SPRINT reference are read by reference.py. Unknown options are errors, and so are
+options without effect: `representation_depth` while `representation_align` is not mentioned, say. Next to an explicit
+`representation_align: false` it is understood as parked.
 """
 
 import contextlib
@@ -13,6 +14,7 @@ import typing
 from pathlib import Path
 from typing import Any, Literal
 
+import reference
 import yaml
 from config import Config, Finetune, check
 
@@ -43,33 +45,45 @@ class _Loader(yaml.SafeLoader):
         return super().construct_mapping(node, deep)
 
 
-def read(path: Path, changes: list[str] | None = None) -> Config:
-    """Read a YAML file, with `name=value` changes from the command line.
+def content(path: Path) -> dict[str, Any]:
+    """What a YAML file holds.
 
     Raises:
-        SystemExit: anything that is wrong with it, in one message.
+        SystemExit: no file, no YAML, or no options by name.
     """
     if not path.is_file():
         raise SystemExit(f"there is no configuration at {path}")
     try:
-        content = yaml.load(path.read_text(encoding="utf-8"), _Loader) or {}  # a SafeLoader
+        found = yaml.load(path.read_text(encoding="utf-8"), _Loader) or {}  # a SafeLoader
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise SystemExit(f"{path} is no YAML: {error}") from error
-    if not isinstance(content, dict):
-        raise SystemExit(f"{path} must hold options by name, got {type(content).__name__}")
+    if not isinstance(found, dict):
+        raise SystemExit(f"{path} must hold options by name, got {type(found).__name__}")
+    return found
+
+
+def read(path: Path, changes: list[str] | None = None) -> Config:
+    """Read a YAML file, of ours or the reference's, with `name=value` changes from the command line, under our names.
+
+    Raises:
+        SystemExit: anything that is wrong with it, in one message.
+    """
+    found = content(path)
     try:
-        return build(content, changes or [])
+        if reference.is_sampling(found):
+            raise ValueError("this is a file for sampling: give it to sample.py")
+        return build(reference.training(found) if reference.is_training(found) else found, changes or [])
     except (ValueError, TypeError) as error:
         raise SystemExit(f"{path}: {error}") from error
 
 
-def build(content: dict[str, Any], changes: list[str]) -> Config:
+def build(options_given: dict[str, Any], changes: list[str]) -> Config:
     """A configuration from what a file holds.
 
     Raises:
         ValueError, TypeError: unknown, contradictory or idle options, or values that do not fit.
     """
-    options = _flat(content)
+    options = _flat(options_given)
     for change in changes:
         name, equals, value = change.partition("=")
         if not equals:

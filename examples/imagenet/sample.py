@@ -4,7 +4,7 @@
         --guidance pdg --scale 2.0 --solver sde --steps 250
 
 Image i depends on --seed and i alone, not on the batch or the number of processes. Run the same command again after an
-interruption, and it goes on.
+interruption, and it goes on. --config takes a sampling file of the SPRINT reference; what the command line says goes before.
 """
 
 import argparse
@@ -18,12 +18,14 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import reference
 import torch
 from accelerate import PartialState
 from errors import plain_errors
 from PIL import Image
+from reading import content
 from tqdm.auto import tqdm
-from weights import fingerprint, load
+from weights import fingerprint, load, locate
 
 import sprint
 from sprint.checkpoint import write_bytes, write_text
@@ -38,8 +40,8 @@ GUIDANCE = ["none", "cfg", "pdg", "pdg-same"]
 def options(description: str | None) -> argparse.ArgumentParser:
     """The command line, for this script and sweep.py."""
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--checkpoint", type=Path, required=True, help="of train.py, SiT.save or the authors (safetensors)")
-    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--checkpoint", type=Path, help="of train.py, SiT.save or the authors (safetensors)")
+    parser.add_argument("--out", type=Path)
     parser.add_argument("--count", type=int, default=50_000)
     parser.add_argument("--side", type=int, default=32, help="of the latents: 32 for 256 px, 64 for 512 px")
     parser.add_argument("--vae", default="stabilityai/sd-vae-ft-mse", help="hub name or local folder; none for pixel models")
@@ -59,6 +61,10 @@ def parse() -> argparse.Namespace:
     parser = options(__doc__)
     parser.add_argument("--guidance", choices=GUIDANCE, default="pdg")
     parser.add_argument("--scale", type=float, default=3.0, help="the best one differs from model to model: see sweep.py")
+    parser.add_argument("--config", type=Path, help="a sampling file of the SPRINT reference")
+    first, _ = parser.parse_known_args()
+    if first.config is not None:
+        configured(first.config, parser)
     args = parser.parse_args()
     check(args, parser)
     if not math.isfinite(args.scale):
@@ -66,8 +72,26 @@ def parse() -> argparse.Namespace:
     return args
 
 
+def configured(path: Path, parser: argparse.ArgumentParser) -> None:
+    """Take defaults from a file."""
+    found = content(path)
+    if not reference.is_sampling(found):
+        raise SystemExit(f"{path} is no sampling file of the SPRINT reference: give it to train.py")
+    with plain_errors(str(path)):
+        options = reference.sampling(found)
+        for action in parser._actions:
+            if action.dest in options and callable(action.type) and action.nargs is None:
+                options[action.dest] = action.type(options[action.dest])
+            if action.choices is not None and options.get(action.dest, action.default) not in action.choices:
+                raise ValueError(f"{action.dest} must be one of {', '.join(action.choices)}, got {options[action.dest]!r}")
+    parser.set_defaults(**options)
+
+
 def check(args: argparse.Namespace, parser: argparse.ArgumentParser) -> None:
-    """Numbers that cannot be."""
+    """Numbers that cannot be, and what has no default."""
+    for option in ("checkpoint", "out"):
+        if getattr(args, option) is None:
+            parser.error(f"the following arguments are required: --{option}")
     if min(args.count, args.batch, args.steps, args.side) < 1:
         parser.error("--count, --batch, --steps and --side must be at least 1")
     if args.seed < 0:
@@ -91,7 +115,7 @@ def guidance(args: argparse.Namespace) -> Any:
 
 def agree(args: argparse.Namespace) -> None:
     """Take up an earlier run's folder only if it was for the same images; their number may grow."""
-    ignored = ("out", "count", "batch")
+    ignored = ("out", "count", "batch", "config")
     wanted = {name: str(value) for name, value in vars(args).items() if name not in ignored}
     wanted["weights"] = fingerprint(args.checkpoint)
     file = args.out / "sampling.json"
@@ -193,6 +217,7 @@ def generate(args: argparse.Namespace, model: Any, vae: Any, state: PartialState
 
 def main() -> None:
     args = parse()
+    args.checkpoint = locate(args.checkpoint)
     state = PartialState(cpu=not torch.cuda.is_available(), timeout=timedelta(hours=6))  # one packs what all drew
     model, vae = build(args, state.device or torch.device("cpu"))
     path = generate(args, model, vae, state)

@@ -135,6 +135,9 @@ def introduce(run: Run, begin: int, plan: Batches, grid: tuple[int, int]) -> Non
     size = sum(parameter.numel() for parameter in run.model.parameters()) / 1e6
     print(f"{size:.1f} M parameters, {plan.order.count} images, {plan.share[1]} processes, from step {begin} on")
     if (drop := run.config.schedule().pretrain.drop) is not None and begin == 0:
+        tokens = math.prod(grid)
+        kept = drop.sample(1, grid).num_kept
+        print(f"{kept} of {tokens} tokens ({100 * kept / tokens:.3g} %) pass through the middle blocks")
         print(sprint.cost(sprint.SiT(run.sit), grid=grid, drop=drop, batch=plan.each(begin)))
 
 

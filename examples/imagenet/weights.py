@@ -9,6 +9,12 @@ import torch
 
 import sprint
 from sprint.checkpoint import load_weights, read_tensors
+from sprint.models import released
+
+
+def locate(path: Path) -> Path:
+    """A file, or one of the released checkpoints by its name, fetched from the Hugging Face hub where it is not there."""
+    return Path(released.locate(path))
 
 
 def load(path: Path, device: Any = None) -> sprint.SiT:
@@ -17,6 +23,7 @@ def load(path: Path, device: Any = None) -> sprint.SiT:
     Raises:
         FileNotFoundError, ValueError: there is none, or it is another kind of file.
     """
+    path = locate(path)
     _, metadata = read_tensors(path)
     if "sprint.state" in metadata:
         return from_state(sprint.load_state(path), str(path)).to(device)

@@ -34,7 +34,14 @@ OPT_IN = {  # loaded where used
     "diffusers": {"diffusers"},
     **{f"kernels.{name}": {"triton"} for name in ("mode", "adamw", "modulation", "rotary")},
 }
-LAZY = {"xformers", "tqdm", "PIL", "timm", "typing_extensions"}  # inside the function that needs them, or for types
+LAZY = {
+    "huggingface_hub",
+    "xformers",
+    "tqdm",
+    "PIL",
+    "timm",
+    "typing_extensions",
+}  # inside the function that needs them, or for types
 
 
 def imports(path: Path) -> list[tuple[str, bool]]:

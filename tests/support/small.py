@@ -45,7 +45,9 @@ def launch(processes: int) -> list[str]:
     return [sys.executable, *(several if processes > 1 else [])]
 
 
-def script(name: str, *arguments: object, processes: int = 1) -> subprocess.CompletedProcess[str]:
+def script(
+    name: str, *arguments: object, processes: int = 1, environment: dict[str, str] | None = None
+) -> subprocess.CompletedProcess[str]:
     """Run one of the scripts, on the CPU, in one process or several."""
     command = [*launch(processes), str(SCRIPTS / f"{name}.py"), *map(str, arguments)]
-    return subprocess.run(command, capture_output=True, text=True, check=False, env=ENVIRONMENT)
+    return subprocess.run(command, capture_output=True, text=True, check=False, env=ENVIRONMENT | (environment or {}))

@@ -17,7 +17,7 @@ from sprint.kernels.fused import Kernels, check_kernels
 from sprint.middle.fusion import SparseDenseResidual
 from sprint.middle.sparse import Path, SparseMiddle, run
 from sprint.middle.tokens import TokenSubset
-from sprint.models import reference
+from sprint.models import reference, released
 from sprint.models.config import PRESETS, Options, Preset, SiTConfig
 from sprint.models.inputs import check_classes, check_inputs
 from sprint.models.layers import (
@@ -299,7 +299,9 @@ class SiT(nn.Module):
         """Load a checkpoint in the layout of the SPRINT authors; all sizes come from the tensors.
 
         Args:
-            source: safetensors file or state dictionary.
+            source: safetensors file, state dictionary, or the name of a released file
+                ("sprint_XL_imagenet256.safetensors"), fetched from the authors' repository with huggingface_hub, under their
+                licence.
             prefix: of the model's keys, such as "model."; found by itself unless several models are in the file.
             patch_size: no tensor tells it apart from the channels; by default what the file's metadata says, else 2.
             repa_depth: blocks that have run where the REPA head taps (the reference's `representation_depth` less one);
@@ -315,7 +317,7 @@ class SiT(nn.Module):
             tensors = {key: tensor.detach().clone() for key, tensor in source.items()}
         else:
             name = str(source)
-            tensors, metadata = checkpoint.read_tensors(source)
+            tensors, metadata = checkpoint.read_tensors(released.locate(source))
         tensors = reference.to_ours(tensors, prefix=prefix, source=name)
         config = reference.infer_config(tensors, metadata, patch_size=patch_size, repa_depth=repa_depth, source=name)
         return cls._from_tensors(config, tensors, name, device)
