@@ -3,7 +3,6 @@
 import copy
 import dataclasses
 import json
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -11,10 +10,10 @@ from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list
 from config import Config
 from log import Log
-from weights import from_state, load
 
 import sprint
 from sprint.checkpoint import load_weights
+from sprint.models.loading import from_state, load_model
 from sprint.training.order import seed_of
 from sprint.training.parallel import distribute, full_state, load_full_state
 
@@ -65,7 +64,7 @@ def build(config: Config, data: sprint.data.LatentDataset, repa_dim: int | None,
 
 def begin_from(path: str, model: sprint.SiT) -> None:
     """Load the weights of a model that is the same function."""
-    found = load(Path(path))
+    found = load_model(path)
     theirs, ours = dataclasses.asdict(found.config), dataclasses.asdict(model.config)
     if differ := [f"{k}={theirs[k]!r}, here {v!r}" for k, v in ours.items() if k not in TRAINING and theirs[k] != v]:
         raise ValueError(f"init_from={path} is another model, with {'; '.join(differ)}: set the options to its own")

@@ -25,12 +25,13 @@ from errors import plain_errors
 from PIL import Image
 from reading import content
 from tqdm.auto import tqdm
-from weights import fingerprint, load, locate
+from weights import fingerprint, locate
 
 import sprint
 from sprint.checkpoint import write_bytes, write_text
 from sprint.data.images import to_uint8
 from sprint.data.latents import SCALE
+from sprint.models.loading import load_model
 from sprint.random import normal
 from sprint.training.parallel import leave
 
@@ -175,7 +176,7 @@ def pack(args: argparse.Namespace) -> Path:
 
 def build(args: argparse.Namespace, device: torch.device) -> tuple[sprint.CapturedModel, Any]:
     """The model, and the VAE unless its images are pixels."""
-    sit = load(args.checkpoint, device).eval()
+    sit = load_model(args.checkpoint, device=device).eval()
     if args.side % sit.config.patch_size:
         raise SystemExit(f"--side {args.side} does not split into patches of {sit.config.patch_size}")
     if args.vae == "none":

@@ -27,6 +27,8 @@ ALLOWED = {
     "capture": {"hosts", "models"},
     "training": {"capture", "checkpoint", "flow", "kernels", "middle", "models"},
     "costs": {"flow", "hosts", "middle", "models"},
+    "commands": {"checkpoint", "costs", "middle", "models", "random"},
+    "__main__": {"commands"},
     "diffusers": {"checkpoint", "flow", "hosts", "middle", "models", "random"},
 }
 CORE = {"torch", "einops", "safetensors", "numpy"}

@@ -1,0 +1,45 @@
+"""A model from a file, whoever wrote it: `SiT.save`, train.py's checkpoint (its average), or the SPRINT authors."""
+
+import json
+from typing import Any
+
+import torch
+
+from sprint.checkpoint import PathLike, load_state, load_weights, read_tensors
+from sprint.models import released
+from sprint.models.config import SiTConfig
+from sprint.models.sit import SiT
+
+
+def load_model(path: PathLike, *, device: Any = None) -> SiT:
+    """A model from a checkpoint.
+
+    Args:
+        path: a file, or the name of a released one, which is fetched where it is not there (see `sprint.models.released`).
+        device: to put the model on.
+
+    Raises:
+        FileNotFoundError: there is none.
+        ValueError: it is another kind of file.
+    """
+    path = released.locate(path)
+    _, metadata = read_tensors(path)
+    if "sprint.state" in metadata:
+        return from_state(load_state(path), str(path)).to(device)
+    if "sprint.config" in metadata:
+        return SiT.load(path, device=device)
+    return SiT.from_reference(path, device=device)
+
+
+def from_state(state: dict[str, Any], source: str) -> SiT:
+    """The averaged model of a state that train.py wrote.
+
+    Raises:
+        ValueError: it is of another script.
+    """
+    if not {"sit", "ema"} <= state.keys():
+        raise ValueError(f"{source} is a training state of another script: it holds {', '.join(state)}")
+    with torch.device("meta"):
+        model = SiT(SiTConfig(**json.loads(state["sit"])))
+    load_weights(model, state["ema"], source=source, assign=True)
+    return model
