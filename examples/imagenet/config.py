@@ -95,7 +95,7 @@ class Config:
     report_to: Literal["tensorboard", "wandb", "none"] = "tensorboard"
     sampling_steps: int = 0  # a grid of samples every so many steps; 0 for none
     guidance_scale: float = 2.0  # of those samples, with Path-Drop Guidance
-    vae: str = "stabilityai/sd-vae-ft-mse"  # that decodes them
+    vae: str = "stabilityai/sd-vae-ft-mse"  # of the latents: it decodes samples
 
     finetune: Finetune = Finetune()
     stages: Stages = "pretrain"
@@ -116,6 +116,12 @@ class Config:
             return None
         kind = sprint.RandomDrop if self.mask_type == "random" else sprint.StructuredDrop
         return kind(self.mask_ratio)
+
+    def recipe(self, side: int) -> sprint.models.Recipe:
+        """What sampling must know of the training."""
+        return sprint.models.Recipe(
+            interpolant=self.path_type, time=self.weighting, latent_scale=self.latent_scale, vae=self.vae, latent_side=side
+        )
 
     def sit(self, *, channels: int, repa_dim: int | None) -> sprint.SiTConfig:
         """Sizes and options of the model."""
@@ -183,7 +189,7 @@ SWITCHES = [
     ),
     ("mask_ratio", 0, ("mask_type",)),
     ("residual_type", "shallow", ("mask_ratio", "mask_type", "path_drop_prob")),
-    ("sampling_steps", 0, ("guidance_scale", "vae")),
+    ("sampling_steps", 0, ("guidance_scale",)),
 ]
 
 

@@ -59,7 +59,8 @@ def build(config: Config, data: sprint.data.LatentDataset, repa_dim: int | None,
         parameters, lr=config.learning_rate, betas=(config.adam_beta1, config.adam_beta2), eps=config.adam_epsilon,
         weight_decay=config.adam_weight_decay,
     )  # fmt: skip
-    return Run(config, sit, trained, ema, optimizer, data.fingerprint, folder)
+    recipe = config.recipe(data.shape[-1]).to_json()
+    return Run(config, sit, trained, ema, optimizer, data.fingerprint, folder, recipe)
 
 
 def begin_from(path: str, model: sprint.SiT) -> None:
@@ -83,6 +84,8 @@ class Run:
     data: str
     """Fingerprint of the dataset."""
     folder: sprint.training.RunFolder
+    recipe: str
+    """What sampling must know, as JSON."""
 
     def save(self, step: int, window: dict[str, Any], accelerator: Accelerator) -> None:
         """Write everything on the main process, whole or not at all."""
@@ -94,6 +97,7 @@ class Run:
             settings = {
                 "options": json.dumps(dataclasses.asdict(self.config)),
                 "sit": json.dumps(dataclasses.asdict(self.sit)),
+                "recipe": self.recipe,
             }
             try:
                 self.folder.save(step, {**state, **settings, "data": self.data, "window": window})
@@ -131,7 +135,8 @@ class Run:
         ema = full_state(self.ema)["model"]
         if accelerator.is_main_process:
             path = self.config.folder / "model.safetensors"
-            from_state({"ema": ema, "sit": json.dumps(dataclasses.asdict(self.sit))}, "this run").save(path)
+            settings = {"sit": json.dumps(dataclasses.asdict(self.sit)), "recipe": self.recipe}
+            from_state({"ema": ema, **settings}, "this run").save(path)
             print(f"{path}: the averaged model, for sample.py")
 
     def _differences(self, step: int, theirs: dict[str, Any], data: str) -> list[str]:

@@ -32,9 +32,11 @@ from sprint.checkpoint import write_bytes, write_text
 from sprint.data.images import to_uint8
 from sprint.data.latents import SCALE
 from sprint.models.loading import load_model
+from sprint.models.recipe import Recipe
 from sprint.random import normal
 from sprint.training.parallel import leave
 
+VAE = "stabilityai/sd-vae-ft-mse"
 GUIDANCE = ["none", "cfg", "pdg", "pdg-same"]
 
 
@@ -44,14 +46,15 @@ def options(description: str | None) -> argparse.ArgumentParser:
     parser.add_argument("--checkpoint", type=Path, help="of train.py, SiT.save or the authors (safetensors)")
     parser.add_argument("--out", type=Path)
     parser.add_argument("--count", type=int, default=50_000)
-    parser.add_argument("--side", type=int, default=32, help="of the latents: 32 for 256 px, 64 for 512 px")
-    parser.add_argument("--vae", default="stabilityai/sd-vae-ft-mse", help="hub name or local folder; none for pixel models")
-    parser.add_argument("--latent-scale", type=float, default=SCALE, help="that the model was trained with")
+    said = "; by default what the checkpoint says of its training"
+    parser.add_argument("--side", type=int, help=f"of the latents, 32 for 256 px, 64 for 512 px{said}, or 32")
+    parser.add_argument("--vae", help=f"hub name or local folder; none for pixel models{said}, or {VAE}")
+    parser.add_argument("--latent-scale", type=float, help=f"that the model was trained with{said}, or {SCALE}")
     parser.add_argument("--batch", type=int, default=64)
     parser.add_argument("--interval", type=float, nargs=2, default=[0.0, 1.0], metavar=("LOW", "HIGH"))
     parser.add_argument("--solver", choices=["euler", "heun", "sde"], default="euler")
     parser.add_argument("--steps", type=int, default=50)
-    parser.add_argument("--interpolant", choices=["linear", "cosine", "ddpm"], default="linear")
+    parser.add_argument("--interpolant", choices=["linear", "cosine", "ddpm"], help=f"of the training{said}, or linear")
     parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32", help="of products (autocast)")
     parser.add_argument("--seed", type=int, default=0)
     return parser
@@ -93,7 +96,7 @@ def check(args: argparse.Namespace, parser: argparse.ArgumentParser) -> None:
     for option in ("checkpoint", "out"):
         if getattr(args, option) is None:
             parser.error(f"the following arguments are required: --{option}")
-    if min(args.count, args.batch, args.steps, args.side) < 1:
+    if min(args.count, args.batch, args.steps, 1 if args.side is None else args.side) < 1:
         parser.error("--count, --batch, --steps and --side must be at least 1")
     if args.seed < 0:
         parser.error(f"--seed must not be negative, got {args.seed}")
@@ -102,6 +105,24 @@ def check(args: argparse.Namespace, parser: argparse.ArgumentParser) -> None:
     low, high = args.interval
     if not 0 <= low <= high <= 1:
         parser.error(f"--interval must be 0 <= LOW <= HIGH <= 1, got {low} {high}")
+
+
+def complete(args: argparse.Namespace, recipe: Recipe) -> None:
+    """Options that were left out, from how the model was trained.
+
+    Raises:
+        ValueError: an option contradicts that.
+    """
+    usual = {"side": 32, "vae": VAE, "latent_scale": SCALE, "interpolant": "linear"}
+    said = {"side": recipe.latent_side, "latent_scale": recipe.latent_scale, "interpolant": recipe.interpolant}
+    for name in ("latent_scale", "interpolant"):
+        given = getattr(args, name)
+        if None not in (given, said[name]) and given != said[name]:
+            option = name.replace("_", "-")
+            raise ValueError(f"--{option} {given}, but {args.checkpoint} was trained with {said[name]}: leave it out")
+    for name, value in (said | {"vae": recipe.vae}).items():
+        if getattr(args, name) is None:
+            setattr(args, name, usual[name] if value is None else value)
 
 
 def guidance(args: argparse.Namespace) -> Any:
@@ -177,6 +198,7 @@ def pack(args: argparse.Namespace) -> Path:
 def build(args: argparse.Namespace, device: torch.device) -> tuple[sprint.CapturedModel, Any]:
     """The model, and the VAE unless its images are pixels."""
     sit = load_model(args.checkpoint, device=device).eval()
+    complete(args, sit.recipe)
     if args.side % sit.config.patch_size:
         raise SystemExit(f"--side {args.side} does not split into patches of {sit.config.patch_size}")
     if args.vae == "none":

@@ -112,6 +112,9 @@ def _describe(model: SiT) -> None:
     print(f"  {like[0] if like else 'of a size of its own'}, {count:,} parameters, {next(model.parameters()).dtype}")
     for name, value in dataclasses.asdict(config).items():
         print(f"  {name} = {value!r}{'' if usual[name] in (value, dataclasses.MISSING) else f'  (usually {usual[name]!r})'}")
+    for name, value in dataclasses.asdict(model.recipe).items():
+        if value is not None:
+            print(f"  trained with {name} = {value!r}")
 
 
 @torch.no_grad()

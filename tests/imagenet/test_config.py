@@ -65,7 +65,7 @@ def test_every_option_is_read_by_the_script():
         ({"representation_depth": 4}, "representation_depth has no effect with representation_align=False"),
         ({"mask_ratio": 0, "mask_type": "random"}, "mask_type has no effect with mask_ratio=0"),
         ({"residual_type": "shallow", "path_drop_prob": 0.2}, "path_drop_prob has no effect with residual_type='shallow'"),
-        ({"vae": "x"}, "vae has no effect with sampling_steps=0"),
+        ({"guidance_scale": 3.0}, "guidance_scale has no effect with sampling_steps=0"),
         ({"mask_ratio": "much"}, "mask_ratio must be float, got 'much'"),
         ({"batch_size": True}, "batch_size must be int, got True"),
         ({"batch_size": 1.5}, "batch_size must be int, got 1.5"),

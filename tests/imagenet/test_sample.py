@@ -111,3 +111,26 @@ def test_refusals(folder, tmp_path):
         run = sample(folder, tmp_path, *options)
         assert message in run.stderr, options
         assert "Traceback" not in run.stderr, options
+
+
+def test_what_the_checkpoint_says_of_its_training_is_used_and_not_contradicted(folder, tmp_path):
+    from sprint.models import Recipe
+
+    model = tiny()
+    model.recipe = Recipe(interpolant="cosine", latent_scale=1.5, vae=str(folder / "vae"), latent_side=8)
+    model.save(tmp_path / "model.safetensors")
+    options = ("--checkpoint", tmp_path / "model.safetensors", "--count", 2, "--steps", 2)
+    run = small.script("sample", *options, "--out", tmp_path / "told")
+    assert run.returncode == 0, run.stderr
+    explicit = ("--vae", folder / "vae", "--side", 8, "--latent-scale", 1.5, "--interpolant", "cosine")
+    tiny().save(tmp_path / "plain.safetensors")
+    run = small.script(
+        "sample", "--checkpoint", tmp_path / "plain.safetensors", *options[2:], *explicit, "--out", tmp_path / "own"
+    )
+    assert run.returncode == 0, run.stderr
+    for image in ("000000.png", "000001.png"):
+        assert (tmp_path / "told" / image).read_bytes() == (tmp_path / "own" / image).read_bytes()
+    run = small.script("sample", *options, "--latent-scale", 0.18215, "--out", tmp_path / "other")
+    assert "--latent-scale 0.18215, but" in run.stderr
+    assert "was trained with 1.5: leave it out" in run.stderr
+    assert not (tmp_path / "other").exists()

@@ -184,13 +184,16 @@ def refuse_unadapted(model: Any) -> None:
 
 
 def interpolant_of(model: Any, given: str | Interpolant | None) -> Interpolant:
-    """The interpolant that was given, or that a `Velocity` was made for, or the linear one.
+    """The interpolant that was given, or that a `Velocity` was made for or a model trained with, or the linear one.
 
     Raises:
         ValueError: they contradict each other, or the name is unknown.
     """
     if not isinstance(model, Velocity):
-        return get_interpolant(given or "linear")
+        trained = getattr(getattr(model, "recipe", None), "interpolant", None)
+        if None not in (given, trained) and repr(get_interpolant(given)) != repr(get_interpolant(trained)):
+            raise ValueError(f"interpolant={given!r}, but this model was trained with {trained!r}: leave interpolant out")
+        return get_interpolant(given or trained or "linear")
     if given is not None and repr(get_interpolant(given)) != repr(model.interpolant):
         raise ValueError(
             f"interpolant={given!r}, but this Velocity is on the {model.interpolant}: leave interpolant out, or make the "

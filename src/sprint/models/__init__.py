@@ -7,6 +7,7 @@ wrote, `loading` any of ours and the former.
 from sprint.models.config import PRESETS, SiTConfig
 from sprint.models.loading import load_model
 from sprint.models.original import from_original, to_original
+from sprint.models.recipe import Recipe
 from sprint.models.sit import SiT
 
-__all__ = ["PRESETS", "SiT", "SiTConfig", "from_original", "load_model", "to_original"]
+__all__ = ["PRESETS", "Recipe", "SiT", "SiTConfig", "from_original", "load_model", "to_original"]

@@ -8,6 +8,7 @@ import torch
 from sprint.checkpoint import PathLike, load_state, load_weights, read_tensors
 from sprint.models import released
 from sprint.models.config import SiTConfig
+from sprint.models.recipe import Recipe
 from sprint.models.sit import SiT
 
 
@@ -42,4 +43,5 @@ def from_state(state: dict[str, Any], source: str) -> SiT:
     with torch.device("meta"):
         model = SiT(SiTConfig(**json.loads(state["sit"])))
     load_weights(model, state["ema"], source=source, assign=True)
+    model.recipe = Recipe.from_json(state.get("recipe"), source=source)
     return model

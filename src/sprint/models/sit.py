@@ -33,12 +33,14 @@ from sprint.models.layers import (
     check_backend,
     sincos_positions,
 )
+from sprint.models.recipe import Recipe
 from sprint.random import Device
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
 
 _CONFIG = "sprint.config"  # metadata key of our checkpoints
+_RECIPE = "sprint.recipe"  # likewise, how it was trained
 
 
 class Aligned(NamedTuple):
@@ -69,6 +71,8 @@ class SiT(nn.Module):
 
     def __init__(self, config: SiTConfig) -> None:
         super().__init__()
+        self.recipe = Recipe()
+        """How it was trained, where somebody said so; `save` writes it and `load` reads it."""
         self.config = c = config
         blocks = [Block(c.dim, c.heads, mlp_ratio=c.mlp_ratio, qk_norm=c.qk_norm) for _ in range(c.depth)]
         first, last = c.encoder_depth, c.encoder_depth + c.middle_depth
@@ -267,8 +271,9 @@ class SiT(nn.Module):
         return self
 
     def save(self, path: checkpoint.PathLike) -> None:
-        """Write weights and configuration to one safetensors file, atomically."""
-        checkpoint.write_tensors(path, self.state_dict(), {_CONFIG: json.dumps(dataclasses.asdict(self.config))})
+        """Write weights, configuration and recipe to one safetensors file, atomically."""
+        about = {_CONFIG: json.dumps(dataclasses.asdict(self.config)), _RECIPE: self.recipe.to_json()}
+        checkpoint.write_tensors(path, self.state_dict(), about)
 
     @classmethod
     def load(cls, path: checkpoint.PathLike, *, device: Device = None) -> "SiT":
@@ -284,7 +289,9 @@ class SiT(nn.Module):
                 f"{path} holds no SiT configuration, so SiT.save did not write it: "
                 "for a checkpoint of the SPRINT authors use SiT.from_reference(path)"
             )
-        return cls._from_tensors(SiTConfig(**json.loads(metadata[_CONFIG])), tensors, str(path), device)
+        model = cls._from_tensors(SiTConfig(**json.loads(metadata[_CONFIG])), tensors, str(path), device)
+        model.recipe = Recipe.from_json(metadata.get(_RECIPE), source=str(path))
+        return model
 
     @classmethod
     def from_reference(

@@ -1,0 +1,75 @@
+"""How a model was trained travels with its weights, and what contradicts it is refused."""
+
+import json
+
+import pytest
+import torch
+from models import tiny
+from safetensors import safe_open
+from safetensors.torch import save_file
+
+import sprint
+from sprint.models import Recipe, SiT
+
+RECIPE = Recipe(interpolant="cosine", time="uniform", latent_scale=1.5, vae="none", latent_side=8)
+
+
+def saved(tmp_path, **metadata):
+    model = tiny()
+    model.recipe = RECIPE
+    model.save(tmp_path / "model.safetensors")
+    if metadata:
+        with safe_open(tmp_path / "model.safetensors", "pt") as file:
+            about = file.metadata() | metadata
+        about = {name: text for name, text in about.items() if text}
+        save_file(model.state_dict(), tmp_path / "model.safetensors", metadata=about)
+    return tmp_path / "model.safetensors"
+
+
+def test_a_recipe_is_saved_and_loaded(tmp_path):
+    assert SiT.load(saved(tmp_path)).recipe == RECIPE
+    assert tiny().recipe == Recipe()
+
+
+def test_a_file_of_before_loads_without_one(tmp_path):
+    assert SiT.load(saved(tmp_path, **{"sprint.recipe": ""})).recipe == Recipe()
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        (json.dumps({"format": 2}), "a recipe of format 2, and this version reads 1: update sprint"),
+        (json.dumps({"format": 1, "moon": 3}), "a recipe with moon, unknown to this version"),
+        ("{", "a damaged recipe"),
+        ("[]", "a damaged recipe"),
+        (json.dumps({"format": 1, "interpolant": "spiral"}), "unknown interpolant 'spiral'"),
+    ],
+)
+def test_recipes_that_cannot_be_read(tmp_path, text, message):
+    with pytest.raises(ValueError, match=message):
+        SiT.load(saved(tmp_path, **{"sprint.recipe": text}))
+
+
+def test_samplers_and_losses_follow_it(tmp_path):
+    model = SiT.load(saved(tmp_path)).eval()
+    x, y, t = torch.randn(2, 4, 8, 8), torch.tensor([1, 2]), torch.tensor([0.3, 0.6])
+    plain = tiny().eval()
+    plain.load_state_dict(model.state_dict())
+    with torch.no_grad():
+        model.final_layer.linear.weight.normal_(std=0.1)
+        plain.load_state_dict(model.state_dict())
+    options = {"y": y, "t": t, "noise": torch.randn_like(x)}
+    loss = sprint.FlowMatchingLoss()
+    assert loss(model, x, **options).loss.equal(sprint.FlowMatchingLoss(interpolant="cosine")(plain, x, **options).loss)
+    assert not loss(model, x, **options).loss.equal(loss(plain, x, **options).loss)
+    for call in (
+        lambda: sprint.sample(model, x, y=y, interpolant="linear"),
+        lambda: sprint.FlowMatchingLoss(interpolant="linear")(model, x, y=y),
+    ):
+        with pytest.raises(ValueError, match="interpolant=.*[Ll]inear.*, but this model was trained with 'cosine': leave"):
+            call()
+
+
+def test_numbers_that_cannot_be():
+    with pytest.raises(ValueError, match="latent_scale must be positive, got 0"):
+        Recipe(latent_scale=0)
