@@ -21,7 +21,7 @@ from sprint.hosts.mechanism.keep import Keeper
 from sprint.hosts.mechanism.places import Place
 from sprint.hosts.mechanism.recompute import Debt, draws
 from sprint.hosts.mechanism.sides import hint, refuse_undeclared
-from sprint.hosts.mechanism.tables import cut_to, gather_rows
+from sprint.hosts.mechanism.tables import Tables
 from sprint.random import uniform
 
 if TYPE_CHECKING:
@@ -48,7 +48,7 @@ class Route:
         self.shallow: Tensor | None = None
         self.text: Tensor | None = None
         self.dropped: Tensor | None = None
-        self.tables: dict[str, tuple[Any, Any]] = {}
+        self.tables = Tables()
         self.order: Tensor | None = None  # (B, L), where captions differ in length: text first, then the image
         self.strong: slice | None = None  # rows that run the middle, when one half of the batch takes the shallow path
         self.fused = False
@@ -235,14 +235,8 @@ class Route:
             value = named.get(name)
             if value is None:
                 continue
-            if name in self.tables and cut_to(value, table, self.subset.num_kept, self.num_tokens or 0):
-                named[name] = self.tables[name][1]  # the host's own forward cut it to what it sees of the tokens
-                continue
-            if name not in self.tables or self.tables[name][0] is not value:
-                shared = bool(getattr(self.drop, "shared", False))
-                rows = gather_rows(value, table, self.subset, name=name, shared=shared, order=self.order)
-                self.tables[name] = (value, rows)
-            named[name] = self.tables[name][1]
+            shared = bool(getattr(self.drop, "shared", False))
+            named[name] = self.tables.of(name, value, table, self.subset, shared=shared, order=self.order)
         if place.sides:
             group = self.keeper.cells(self.num_tokens or 0)
             if len(place.sides) == 1:

@@ -5,10 +5,11 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves
 
+from sprint.hosts.mechanism.holders import leaves
 from sprint.hosts.mechanism.places import Place
-from sprint.hosts.mechanism.tables import GatheredModule, Rows, kept_in
+from sprint.hosts.mechanism.rows import Rows
+from sprint.hosts.mechanism.tables import GatheredModule, kept_in
 
 _COUNTS = re.compile(r"seq_?len|cu_?seq|grid_?size")  # of flash attention, and of Wan 2.1
 
@@ -50,7 +51,7 @@ def hint(place: Place, named: Mapping[str, Any], num_tokens: int, *, shared: boo
 
 
 def _has_rows(value: Any) -> bool:
-    return any(isinstance(item, (Rows, GatheredModule)) for item in tree_leaves(value))
+    return any(isinstance(item, (Rows, GatheredModule)) for item in leaves(value))
 
 
 def _tables(place: Place, named: Mapping[str, Any], num_tokens: int) -> Iterator[tuple[str, Tensor]]:
@@ -70,5 +71,5 @@ def _tensors(place: Place, named: Mapping[str, Any]) -> Iterator[tuple[str, Tens
     for name, value in named.items():
         if name in (place.image, place.blocks.text, *place.blocks.tables, *place.blocks.others):
             continue
-        values = kept_in(value).values() if isinstance(value, nn.Module) else tree_leaves(value)
+        values = kept_in(value).values() if isinstance(value, nn.Module) else leaves(value)
         yield from ((name, tensor) for tensor in values if isinstance(tensor, Tensor))
