@@ -121,7 +121,7 @@ class Trials:
     def middle_matters(self) -> bool:
         """Whether the output shows what the middle blocks do, well above the tolerance."""
         full = self.run("full")
-        without = self._set("idle", True, "full")
+        without = self._set("idle", "middle", "full")
         return difference(full, without) > 10 * self.tolerance
 
     def identity(self) -> Finding:
