@@ -10,7 +10,8 @@ and padded text is never seen.
 import copy
 import math
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import product
 from typing import Any
@@ -20,16 +21,21 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map
 
 from sprint.hosts.declare import Stream
+from sprint.hosts.mechanism.holders import leaves
 from sprint.hosts.mechanism.masked import Masked
 from sprint.hosts.mechanism.state import SprintState
+from sprint.hosts.mechanism.wrapped import Wrapped
 from sprint.hosts.outputs import difference, tensors
 from sprint.middle.drop import Drop
 from sprint.middle.fusion import MaskRestore, SparseDenseResidual, TokenRouting
 from sprint.middle.tokens import TokenSubset
 from sprint.random import Device, uniform
 
-ORDER, FEWER = "all tokens in any order = full", "fewer tokens = masked attention"
+ORDER, FEWER, IMAGE = "all tokens in any order = full", "fewer tokens = masked attention", "dropped tokens are the image's"
 JUNK = 10.0  # standard deviation of what stands in padded text
+REACH = 1e-5  # share of the largest gradient from which on one counts
+SMALL = 1e-2  # share of the largest gradient to which others are compared at least, for those that cancel to nothing
+GRADIENTS = 100  # tolerances that gradients may be apart, which cancel more, but half of themselves at most
 
 
 @dataclass(frozen=True)
@@ -89,8 +95,8 @@ class Trials:
         args: its arguments by position.
         kwargs: and by name.
         tolerance: largest difference relative to the largest output.
-        perturbed: the parameters are not the model's own, which would show nothing.
-        blind: nor do these.
+        blind: the output does not depend on what the middle blocks do.
+        oracle: how attention had to be masked for the trial of fewer tokens, once it is proved.
     """
 
     model: nn.Module
@@ -101,8 +107,8 @@ class Trials:
     args: tuple
     kwargs: dict[str, Any]
     tolerance: float
-    perturbed: bool = False
     blind: bool = False
+    oracle: "dict[str, Any] | None" = None
 
     def run(self, name: str, inputs: "Inputs | None" = None, **route: Any) -> Tensor:
         """The prediction on a path, with the user's inputs or others."""
@@ -122,13 +128,19 @@ class Trials:
         """Whether the output shows what the middle blocks do, well above the tolerance."""
         full = self.run("full")
         without = self._set("idle", "middle", "full")
-        return difference(full, without) > 10 * self.tolerance
+        return difference(full, without) > min(10 * self.tolerance, 2 * self.tolerance + 0.01)
 
     def identity(self) -> Finding:
         """The full path is the host itself."""
         name = "full path = the host itself"
         full = self.run("full")
-        host = self._set("bypassed", True, "full")
+        kind = type(self.host)
+        if kind.__mro__[1] is Wrapped:
+            self.host.__class__ = kind.__mro__[2]
+        try:
+            host = self._set("bypassed", True, "full")
+        finally:
+            self.host.__class__ = kind
         apart = difference(host, full)
         if not _is_identity(self.host.sprint.fusion):  # pyright: ignore[reportAttributeAccessIssue, reportArgumentType]
             return Finding(name, None, f"the fusion is not the identity (any more): relative difference {apart:.1e}")
@@ -142,45 +154,144 @@ class Trials:
             return Finding(ORDER, None, "NOT PROVED: the output does not depend on what the middle blocks do")
         shuffled = _Shuffled(bool(getattr(self.state.drop, "shared", False)))
         full, reordered = self.run("full"), self.run("sparse", drop=shuffled, generator=_generator(0))
-        return self._compared(ORDER, full, reordered, ", parameters perturbed" if self.perturbed else "")
+        return self._compared(ORDER, full, reordered)
 
-    def fewer(self) -> Finding:
+    def fewer(self) -> Finding | None:
         """Kept tokens alone, and all of them with attention masked to the kept ones."""
+        if self.state.drop is None:
+            return None
         reasons = {
-            "wrapped without a drop sampler": self.state.drop is None,
             "NOT PROVED: its blocks need tokens in grid order": any(place.sides for place, _ in self.state.places),
             "NOT PROVED: the output does not depend on what the middle blocks do": self.blind,
         }
         for reason, holds in reasons.items():
             if holds:
                 return Finding(FEWER, None, reason)
-        sparse, apart, proved = self.run("sparse", generator=_generator(1)), math.inf, False
-        # A joint attention may have either order, and its queries may be of another stream than its keys.
-        for order, across in product(("text+image", "image+text"), (False, True)):
-            expected, masked = self._masked(order, across=across)
-            if masked.subset is None or masked.attentions < masked.blocks:
-                continue
-            if masked.subset.num_kept == masked.subset.num_tokens:
+        sparse, apart, oracle = self.run("sparse", generator=_generator(1)), math.inf, None
+        # A joint attention may have either order, its queries may be of another stream than its keys, and an attention to a
+        # text may have as many of both.
+        for only, order, across in product((None, 0, 1), ("text+image", "image+text"), (False, True)):
+            options = {"order": order, "across": across, "only": only}
+            with self._masked(**options) as masked:
+                expected = self.run("sparse", generator=_generator(1))
+            if masked.subset is not None and masked.subset.num_kept == masked.subset.num_tokens:
                 return Finding(FEWER, None, f"NOT PROVED: the drop sampler keeps all {masked.subset.num_tokens} tokens")
-            here = difference(expected, sparse)
-            if not across or here < self.tolerance:
-                apart, proved = min(apart, here), True
+            here, reached = difference(expected, sparse), masked.subset and len(masked.reached) == masked.blocks
+            if (reached and not across and only is None) or here < self.tolerance:
+                apart, oracle = min(apart, here), options
             if apart < self.tolerance:
                 break
-        if not proved:
-            return Finding(FEWER, None, "NOT PROVED: attention does not go through F.scaled_dot_product_attention")
-        return Finding(FEWER, apart < self.tolerance, f"relative difference {apart:.1e}, at most {self.tolerance:.0e}")
+        if oracle is None:
+            return Finding(
+                FEWER,
+                None,
+                "NOT PROVED: attention goes through neither F.scaled_dot_product_attention nor a softmax over all tokens",
+            )
+        proved = apart < self.tolerance
+        self.oracle = oracle if proved else None
+        return Finding(FEWER, proved, f"relative difference {apart:.1e}, at most {self.tolerance:.0e}")
 
-    def _masked(self, order: Stream, *, across: bool) -> tuple[Tensor, Masked]:
-        """What the host gives on the sparse path when all tokens run and attention is masked, for the same draw."""
+    @contextmanager
+    def _masked(self, order: Stream, **options: Any) -> Iterator[Masked]:
+        """Meanwhile, on the sparse path, all tokens run and attention is masked."""
         fastpath = torch.backends.mha.get_fastpath_enabled()
-        self.state.masked = masked = Masked(order, across=across)
+        self.state.masked = masked = Masked(order, **options)
         torch.backends.mha.set_fastpath_enabled(False)
         try:
-            return self.run("sparse", generator=_generator(1)), masked
+            yield masked
         finally:
             self.state.masked = None
             torch.backends.mha.set_fastpath_enabled(fastpath)
+
+    def image(self) -> Finding:
+        """What may be dropped is of the image, and stands where its grid says: another image changes each such token, and
+        another pixel the token that it lies in."""
+        x, drop = self._first(), self.state.drop
+        if drop is None:
+            return Finding(IMAGE, None, "wrapped without a drop sampler")
+        if not all(isinstance(leaf, Tensor) and leaf.is_floating_point() for leaf in tree_leaves(x)):
+            return Finding(IMAGE, None, "NOT PROVED: the first argument is no image")
+        draws = Draws(drop)
+        self.run("sparse", drop=draws.drop)
+        here, grid = self._captured(self._inputs_with(x)), draws.grid
+        length, ends = math.prod(grid), self.state.host.always_kept == "first"
+        part = slice(here.shape[1] - length, None) if ends else slice(0, length)
+
+        def changed(image: Any) -> Tensor:
+            return (self._captured(self._inputs_with(image)) != here).any(dim=-1)[:, part].all(dim=0)
+
+        moved = changed(tree_map(lambda leaf: leaf + _noise(leaf), x))
+        name = next(iter(self._named()))
+        if not moved.any():
+            return Finding(IMAGE, None, f"NOT PROVED: no token depends on {name!r}, the first argument")
+        if not moved.all():
+            numbers = ", ".join(map(str, (~moved).nonzero().flatten().tolist()[:5]))
+            return Finding(
+                IMAGE,
+                False,
+                f"{int((~moved).sum())} of {length} do not depend on {name!r} (token {numbers}, …): class tokens, registers, "
+                "a text or a reference among them; correct stream=, image_tokens= or grid=",
+            )
+        if isinstance(x, Tensor) and x.ndim > 3 and self.state.host.grid is None and len(grid) > 1:
+            corner = x.clone()
+            corner[..., 0, -1] += 1
+            moved, (*_, rows, columns) = changed(corner), grid
+            ends = [columns - 1] if rows != columns else [columns - 1, (columns - 1) * rows]  # by rows, or by columns
+            if not moved.all() and not any(moved[end] for end in ends):
+                found = ", ".join(map(str, moved.nonzero().flatten().tolist()[:3]))
+                return Finding(
+                    IMAGE, False, f"the last pixel of the first row is not in token {ends[0]} of a grid {grid}, but in {found}"
+                )
+        return Finding(IMAGE, True, f"all {length} depend on {name!r}")
+
+    def _captured(self, inputs: "Inputs") -> Tensor:
+        """The image tokens that would enter the middle, had the encoder's blocks not mixed them."""
+        captured: list[Tensor] = []
+        hook = self.host.sprint.fusion.register_forward_pre_hook(  # pyright: ignore
+            lambda module, args: captured.append(args[0].clone())
+        )
+        try:
+            self._set("idle", "encoder", "shallow", inputs)
+        finally:
+            hook.remove()
+        return captured[0]
+
+    def _inputs_with(self, image: Any) -> "Inputs":
+        """The inputs with another image."""
+        first = self._first()
+        return tree_map(
+            lambda value: image if value is first else value, (self.args, self.kwargs), is_leaf=lambda value: value is first
+        )
+
+    def counts(self) -> Finding | None:
+        """No argument of the blocks is how many tokens each sample has; None if so."""
+        place, _ = next(pair for pair in reversed(self.state.places) if pair[1] <= self.state.first)
+        found: list[str] = []
+
+        def look(module: nn.Module, args: tuple, kwargs: dict) -> None:
+            named = place.named(args, kwargs)
+            length = named[place.image].shape[1]
+            for name, value in named.items():
+                told = name in (place.image, place.blocks.text, *place.blocks.tables, *place.blocks.others, *place.sides)
+                for leaf in () if told else leaves(value):
+                    whole = isinstance(leaf, Tensor) and not leaf.is_floating_point() and leaf.ndim == 1
+                    if whole and len(leaf) and bool((leaf == length).all()):
+                        found.append(name)
+
+        hook = self._first_block(place).register_forward_pre_hook(look, with_kwargs=True)
+        try:
+            self.run("full")
+        finally:
+            hook.remove()
+        if self.state.drop is None or not found:
+            return None
+        return Finding(
+            "no argument counts tokens", False, f"{found[0]!r} of the blocks is the number of all tokens: see others="
+        )
+
+    def _first_block(self, place: Any) -> nn.Module:
+        blocks = self.host.get_submodule(place.blocks.name)
+        return next(iter(blocks)) if isinstance(blocks, nn.ModuleList | nn.Sequential) else blocks
 
     def tokens(self) -> str:
         """What is dropped: image tokens, their grid, those that are kept."""
@@ -193,9 +304,7 @@ class Trials:
             nonlocal length
             length = place.named(args, kwargs)[place.image].shape[1]
 
-        blocks = self.host.get_submodule(place.blocks.name)
-        block = next(iter(blocks)) if isinstance(blocks, nn.ModuleList | nn.Sequential) else blocks
-        hook = block.register_forward_pre_hook(measure, with_kwargs=True)
+        hook = self._first_block(place).register_forward_pre_hook(measure, with_kwargs=True)
         try:
             self.run("full")
             self.run("sparse", drop=draws.drop)
@@ -211,34 +320,43 @@ class Trials:
     def alone(self) -> Finding:
         """A sample gives alone what it gives in its batch."""
         name, batch = "samples alone = in their batch", self._batch()
-        if batch < 2 or self.state.drop is None:
-            return Finding(name, None, "a batch of one" if batch < 2 else "wrapped without a drop sampler")
-        draws = Draws(self.state.drop)
-        full, sparse = self.run("full"), self.run("sparse", drop=draws.drop, generator=_generator(2))
-        if draws.subset is None or len(full) != batch:
-            return Finding(name, None, "NOT PROVED: its output has no row for each sample")
-        whole, kept = torch.cat([full, sparse]), []
+        if batch < 1 or self.state.drop is None:
+            return Finding(name, None, "NOT PROVED: no batch" if batch < 1 else "wrapped without a drop sampler")
         try:
-            single = [self._inputs(lambda value, i=i: value[i : i + 1]) for i in range(batch)]
-            fulls = torch.cat([self.run("full", inputs) for inputs in single])
+            several = self._rows(batch if batch > 1 else 3)
+            single = [self._rows(1, start=i) for i in range(batch)]
+            fulls = [self.run("full", inputs) for inputs in single]
+            full = self.run("full", several)
         except Exception as error:  # whatever the host raises
-            return Finding(name, None, f"NOT PROVED: the host takes no single sample, {_text(error)}")
-        if not self._same(full, fulls):
+            return Finding(name, None, f"NOT PROVED: the host takes no other batch, {_text(error)}")
+        batch = max(batch, 3) if batch == 1 else batch
+        fulls, single = fulls * (batch // len(fulls)), single * (batch // len(single))
+        if not self._same(full, torch.cat(fulls)):
             return Finding(name, None, "NOT PROVED: in the host itself, samples depend on their batch")
+        draws, kept = Draws(self.state.drop), []
+        sparse = self.run("sparse", several, drop=draws.drop, generator=_generator(2))
+        if draws.subset is None:
+            return Finding(name, None, "NOT PROVED: nothing was drawn")
         for i, inputs in enumerate(single):
             only = Draws(self.state.drop, TokenSubset(draws.subset.keep[i : i + 1], draws.subset.num_tokens))
             kept.append(self.run("sparse", inputs, drop=only.drop))
-        return self._compared(name, whole, torch.cat([fulls, *kept]))
+        return self._compared(name, torch.cat([full, sparse]), torch.cat([*fulls, *kept]))
 
     def halves(self) -> Finding:
-        """Both branches of guidance in one batch are what they are apart."""
-        name, batch = "a guided batch = its two halves", self._batch()
+        """Both branches of guidance in one batch are what they are apart, in batches of several sizes."""
+        found = [self._halves(size) for size in sorted({self._batch(), 1, 2, 3} - {0})]
+        worst = [finding for finding in found if finding.ok is False]
+        own = found[sorted({self._batch(), 1, 2, 3} - {0}).index(self._batch())] if self._batch() else found[0]
+        return (worst or [own])[0]
+
+    def _halves(self, batch: int) -> Finding:
+        name, mine = "a guided batch = its two halves", self._rows(batch)
         other = self._inputs(
-            lambda value: value.roll(1, 0) if isinstance(value, Tensor) else value[1:] + value[:1], image=False
+            lambda value: value.roll(1, 0) if isinstance(value, Tensor) else value[1:] + value[:1], image=False, of=mine
         )
-        both = self._inputs(_twice, others=other)
+        both = self._inputs(_twice, others=other, of=mine)
         try:
-            strong, weak, control = self.run("full"), self.run("shallow", other), self.run("full", both)
+            strong, weak, control = self.run("full", mine), self.run("shallow", other), self.run("full", both)
             control_weak = self.run("full", other)
         except Exception as error:  # whatever the host raises
             return Finding(name, None, f"NOT PROVED: the host takes no batch twice as large, {_text(error)}")
@@ -249,7 +367,7 @@ class Trials:
         except ValueError as error:
             return Finding(name, None, f"refused: {_text(error)}")
         except RuntimeError as error:
-            return Finding(name, False, _text(error))
+            return Finding(name, False, f"{2 * batch} rows: {_text(error)}")
         return self._compared(name, torch.cat([strong, weak]), guided)
 
     def padding(self) -> Finding | None:
@@ -330,23 +448,40 @@ class Trials:
         if not parameters:
             return Finding(name, None, "no parameter requires gradients")
 
-        def reached(path: str) -> set[str]:
-            grads = gradients(lambda: self.run(path).float().square().mean(), [p for _, p in parameters])
-            return {name for (name, _), grad in zip(parameters, grads, strict=True) if grad is not None}
+        own = [parameter for _, parameter in parameters]
 
-        missing = sorted(reached("full") - reached("sparse"))
-        return Finding(
-            name, not missing, f"none for {', '.join(missing[:3])}" if missing else f"{len(parameters)} parameters"
-        )
+        def of(path: str) -> list[Tensor]:
+            options = {} if path == "full" else {"generator": _generator(1)}
+            grads = gradients(lambda: self.run(path, **options).float().square().mean(), own)
+            return [torch.zeros_like(p) if grad is None else grad for p, grad in zip(own, grads, strict=True)]
+
+        full, sparse, apart = of("full"), of("sparse"), 0.0
+        scale = max(float(grad.abs().max()) for grad in full)
+        for (named, _), there, here in zip(parameters, full, sparse, strict=True):
+            if not bool(here.isfinite().all()):
+                return Finding(name, False, f"not finite for {named}")
+            if float(there.abs().max()) > REACH * scale and not bool(here.any()):
+                return Finding(name, False, f"none for {named}")
+        if self.oracle is None or any("CheckpointWrapper" in type(module).__name__ for module in self.model.modules()):
+            return Finding(name, True, f"{len(parameters)} parameters")
+        with self._masked(**self.oracle):
+            expected = of("sparse")
+        scale = max(float(grad.abs().max()) for grad in expected)
+        worst = ""
+        for (named, _), there, here in zip(parameters, expected, sparse, strict=True):
+            relative = float((here - there).abs().max()) / max(float(there.abs().max()), SMALL * scale, 1e-30)
+            if not relative <= apart:
+                apart, worst = relative, named
+        limit = min(GRADIENTS * self.tolerance, 0.5)
+        remark = f"{len(parameters)} parameters, apart from masked attention by {apart:.1e}, at most {limit:.0e}"
+        return Finding(name, apart < limit, remark if apart < limit else f"{remark}, for {worst}")
 
     def _same(self, one: Tensor, other: Tensor) -> bool:
         return one.shape == other.shape and difference(one, other) < self.tolerance
 
-    def _compared(self, name: str, one: Tensor, other: Tensor, remark: str = "") -> Finding:
+    def _compared(self, name: str, one: Tensor, other: Tensor) -> Finding:
         apart = difference(one, other)
-        return Finding(
-            name, apart < self.tolerance, f"relative difference {apart:.1e}, at most {self.tolerance:.0e}{remark}"
-        )
+        return Finding(name, apart < self.tolerance, f"relative difference {apart:.1e}, at most {self.tolerance:.0e}")
 
     def _named(self) -> dict[str, Any]:
         return self.state.arguments(self.args, self.kwargs)
@@ -356,13 +491,24 @@ class Trials:
         return next(iter(self._named().values()), None)
 
     def _batch(self) -> int:
-        first = self._first()
-        return len(first) if isinstance(first, (list, tuple)) or (isinstance(first, Tensor) and first.ndim) else 0
+        return _length(self._first())
 
-    def _inputs(self, change: Callable[..., Any], *, image: bool = True, others: "Inputs | None" = None) -> "Inputs":
-        """The inputs with a change of whatever has a row for each sample, of the image too or not; or a change of these and
-        of `others`."""
-        batch, first = self._batch(), self._first()
+    def _rows(self, count: int, *, start: int = 0) -> "Inputs":
+        """The inputs of so many samples, from one on, and again from the first."""
+        batch = max(self._batch(), 1)
+        places = [(start + i) % batch for i in range(count)]
+        if places == [*range(batch)]:
+            return self.args, self.kwargs
+        return self._inputs(lambda x: x[places] if isinstance(x, Tensor) else [x[i] for i in places])
+
+    def _inputs(
+        self, change: Callable[..., Any], *, image: bool = True, others: "Inputs | None" = None, of: "Inputs | None" = None
+    ) -> "Inputs":
+        """The inputs, or those given, with a change of whatever has a row for each sample, of the image too or not; or a
+        change of these and of `others`."""
+        inputs = of or (self.args, self.kwargs)
+        first = next(iter(self.state.arguments(*inputs).values()), None)
+        batch = _length(first)
 
         def rows(value: Any) -> bool:
             return (
@@ -374,8 +520,11 @@ class Trials:
         def changed(value: Any, *other: Any) -> Any:
             return change(value, *other) if rows(value) and (image or value is not first) else value
 
-        inputs = (self.args, self.kwargs)
         return tree_map(changed, inputs, *([] if others is None else [others]), is_leaf=rows)
+
+
+def _length(x: Any) -> int:
+    return len(x) if isinstance(x, (list, tuple)) or (isinstance(x, Tensor) and x.ndim) else 0
 
 
 Inputs = tuple[tuple, dict[str, Any]]

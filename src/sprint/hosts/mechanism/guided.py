@@ -47,9 +47,11 @@ def take(place: Place, named: dict[str, Any], rows: slice, *, batch: int, model:
         tables = place.blocks.tables.get(name, ())
         tables = tables if isinstance(tables, tuple) else (tables,)
         shared = {table.item for table in tables if not table.batched}
-        inside = held(value) if shared - {None} else None
-        if inside is not None:
-            named[name] = rebuilt(value, {key: x if key in shared else mapped(taken, x) for key, x in inside.items()})
+        halved = {table.item for table in tables if table.batched}
+        inside = held(value) if (shared | halved) - {None} else None
+        if inside is not None:  # of other items nobody knows, unless the declared ones are what is not halved
+            items = inside.keys() - shared if shared else halved & inside.keys()
+            named[name] = rebuilt(value, {key: mapped(taken, x) if key in items else x for key, x in inside.items()})
         elif not shared:
             named[name] = mapped(taken, value)
 

@@ -61,7 +61,9 @@ class Route:
         """Call one block of the model."""
         place, index, first, last = stop.place, stop.number, self.state.first, self.state.last
         self.between = False
-        if self.state.checkpoint and torch.is_grad_enabled():
+        if self.state.masked is not None:
+            block = stop.block  # not in a checkpoint, whose recomputation would not be masked
+        elif self.state.checkpoint and torch.is_grad_enabled():
             # Blocks that draw nothing need no random state, which a CUDA graph could not read.
             keep = torch.compiler.is_compiling() or draws(stop.block)
             block = partial(checkpoint, block, use_reentrant=False, preserve_rng_state=keep)

@@ -11,7 +11,7 @@ from sprint.hosts.mechanism.places import Place
 from sprint.hosts.mechanism.rows import Rows
 from sprint.hosts.mechanism.tables import GatheredModule, kept_in
 
-_COUNTS = re.compile(r"(^|_)((cu_?)?seq_?)?(len|length)s?($|_)|cu_?seq|seq_?len|num_tokens|grid_?size")
+_COUNTS = re.compile(r"(^|_)((cu_?)?seq_?)?(len|length)s?($|_)|cu_?seq|seq_?len|grid_?size")
 
 
 def refuse_undeclared(place: Place, named: Mapping[str, Any], num_tokens: int) -> None:
