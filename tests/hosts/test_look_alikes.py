@@ -330,3 +330,22 @@ def test_a_class_token_is_not_dropped_without_a_word(kind, x, host):
         model(x, T)
     with sprint.path(model, "sparse", grid=(17,)):
         model(x, T)
+
+
+def test_an_auxiliary_loss_is_no_text():
+    class Mixture(hosts.Block):
+        def forward(self, x, c):
+            x = super().forward(x, c)
+            return x, x.square().mean()
+
+    class Summing(Loop):
+        def run(self, tokens, cond):
+            for block in self.blocks:
+                tokens, _ = block(tokens, cond)
+            return tokens
+
+    with pytest.raises(ValueError, match="return 2 values, declared are .*such as a loss"):
+        wrapped(Summing(block=Mixture))(X, T)
+    host = Host((Blocks("blocks", returns=("image", "text"), text="c"),))
+    with pytest.raises(ValueError, match="return a tensor of 0 axes as the text, and got 'c' with 2"):
+        wrapped(Summing(block=Mixture), host=host)(X, T)

@@ -197,9 +197,7 @@ def test_tables_that_the_block_cuts_and_reshapes(call):
 
 
 def test_a_table_that_must_be_without_a_batch_is_advised():
-    model = wrapped(
-        Side(lambda b, f, x, c, s: f(x + s[0] + s, c), NOISE[:16]), {"side": Table(0, batched=False)}
-    )
+    model = wrapped(Side(lambda b, f, x, c, s: f(x + s[0] + s, c), NOISE[:16]), {"side": Table(0, batched=False)})
     with pytest.raises(RuntimeError, match=r"'side', a table without a batch.*shared=True"), sprint.path(model, "sparse"):
         model(X, T)
 

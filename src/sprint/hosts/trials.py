@@ -72,7 +72,8 @@ class Draws:
     """
 
     def __init__(self, drop: Drop, fixed: TokenSubset | None = None) -> None:
-        self.drop, self.subset, self.grid = copy.copy(drop), fixed, ()
+        self.drop, self.subset = copy.copy(drop), fixed
+        self.grid: tuple[int, ...] = ()
 
         def sample(batch: int, grid: Sequence[int], **options: Any) -> TokenSubset:
             self.grid = tuple(grid)
@@ -229,8 +230,8 @@ class Trials:
             return Finding(
                 IMAGE,
                 False,
-                f"{int((~moved).sum())} of {length} do not depend on {name!r} (token {numbers}, …): class tokens, registers, "
-                "a text or a reference among them; correct stream=, image_tokens= or grid=",
+                f"{int((~moved).sum())} of {length} do not depend on {name!r} (token {numbers}, …): class tokens, "
+                "registers, a text or a reference among them; correct stream=, image_tokens= or grid=",
             )
         if isinstance(x, Tensor) and x.ndim > 3 and self.state.host.grid is None and len(grid) > 1:
             corner = x.clone()
@@ -240,7 +241,9 @@ class Trials:
             if not moved.all() and not any(moved[end] for end in ends):
                 found = ", ".join(map(str, moved.nonzero().flatten().tolist()[:3]))
                 return Finding(
-                    IMAGE, False, f"the last pixel of the first row is not in token {ends[0]} of a grid {grid}, but in {found}"
+                    IMAGE,
+                    False,
+                    f"the last pixel of the first row is not in token {ends[0]} of a grid {grid}, but in {found}",
                 )
         return Finding(IMAGE, True, f"all {length} depend on {name!r}")
 
@@ -440,7 +443,7 @@ class Trials:
         return Finding(name, calls == 0, f"{calls} calls of {len(hooks)} middle blocks")
 
     def gradients(self) -> Finding:
-        """Every parameter that learns on the full path learns on the sparse path."""
+        """Every parameter that learns on the full path learns on the sparse path, as it does with masked attention."""
         parameters = [(name, p) for name, p in self.model.named_parameters() if p.requires_grad]
         name = "sparse gradients reach parameters"
         if self.state.drop is None:
@@ -451,7 +454,7 @@ class Trials:
         own = [parameter for _, parameter in parameters]
 
         def of(path: str) -> list[Tensor]:
-            options = {} if path == "full" else {"generator": _generator(1)}
+            options: dict[str, Any] = {} if path == "full" else {"generator": _generator(1)}
             grads = gradients(lambda: self.run(path, **options).float().square().mean(), own)
             return [torch.zeros_like(p) if grad is None else grad for p, grad in zip(own, grads, strict=True)]
 

@@ -14,7 +14,6 @@ from torch.overrides import TorchFunctionMode
 from sprint.hosts.declare import Stream
 from sprint.middle.tokens import TokenSubset
 
-
 _SOFTMAX = {torch.softmax, torch.special.softmax, Tensor.softmax, F.softmax}
 
 
@@ -61,7 +60,9 @@ class Masked(TorchFunctionMode):
                 lost = self._lost(scores.shape[:-2], scores.shape[-2], scores.shape[-1])
                 scores = scores if lost is None else scores.masked_fill(lost, float("-inf"))
             args = (scores, *rest)
-        elif self.subset is not None and func is F.multi_head_attention_forward:  # of (L, B, C), and with its own call within
+        elif (
+            self.subset is not None and func is F.multi_head_attention_forward
+        ):  # of (L, B, C), and with its own call within
             tokens = args[1].shape[0]
             if self._between_tokens(args[0].shape[0], tokens):
                 lost = torch.zeros(args[0].shape[1], tokens, dtype=args[0].dtype, device=args[0].device)

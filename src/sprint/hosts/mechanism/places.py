@@ -76,7 +76,7 @@ class Place:
         values = tuple(parts.values())
         if self.container is not None:
             return rebuilt(self.container, dict(enumerate(values)))
-        return values if len(values) > 1 else values[0]
+        return values if len(values) > 1 else parts["image"]
 
     def argument(self, part: str) -> str:
         """The parameter that takes the image or the text."""
@@ -100,8 +100,8 @@ def find_places(model: nn.Module, host: Host) -> tuple[list[tuple[Place, int]], 
             ) from error
         if isinstance(run, nn.ModuleDict):
             raise ValueError(
-                f"{blocks.name!r} is a ModuleDict, which has no order to rely on: keep the blocks in a ModuleList, under the "
-                "same names if need be (parameter names change with its keys)"
+                f"{blocks.name!r} is a ModuleDict, which has no order to rely on: keep the blocks in a ModuleList "
+                "(the names of their parameters change with its keys)"
             )
         is_list = isinstance(run, nn.ModuleList | nn.Sequential)
         if not is_list and "." in blocks.name:

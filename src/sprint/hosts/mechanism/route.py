@@ -27,6 +27,7 @@ from sprint.random import uniform
 if TYPE_CHECKING:
     from sprint.hosts.mechanism.state import SprintState
 
+
 class Route:
     """One call's path through the model; see the module."""
 
@@ -93,6 +94,7 @@ class Route:
             if self.path == "sparse" and self.state.masked is None:
                 self._gather(place, named, entering=entering)
             parts = place.parts(self._call(place, block, named, args, kwargs))
+            self._refuse_other_text(place, named, parts.get("text"))
         self.returned = place.blocks, parts["image"].shape[1]
         if index == last:
             parts = self._leave(place, parts)
@@ -170,16 +172,18 @@ class Route:
         raise ValueError(
             f"blocks {place.blocks.name!r} got tokens of the shape {tuple(tokens.shape)} for a batch of "
             f"{', '.join(map(str, sorted(batches)))}, expected (B, N, C): build the blocks with batch_first=True"
-            + ("" if tokens.shape[1] in batches else f", or, if axis 0 holds more than the batch, declare it, {_pasted(place)}")
+            + (
+                ""
+                if tokens.shape[1] in batches
+                else f", or, if axis 0 holds more than the batch, declare it, {_pasted(place)}"
+            )
         )
 
     def _refuse_other_axes(self, place: Place, tokens: Tensor) -> None:
         """Blocks by turns over space and over time fold one of them into the batch; others join or merge tokens."""
         if self.finished or self.shallow is None:
             return
-        if len(tokens) != len(self.shallow) and (
-            self.strong is None or len(tokens) != len(self.shallow[self.strong])
-        ):
+        if len(tokens) != len(self.shallow) and (self.strong is None or len(tokens) != len(self.shallow[self.strong])):
             raise ValueError(
                 f"{type(self.model).__name__} folds its tokens anew between its blocks ({len(self.shallow)} rows, then "
                 f"{len(tokens)} at {place.blocks.name!r}), as blocks by turns over space and time do: which tokens are "
@@ -189,8 +193,16 @@ class Route:
         if run is place.blocks and place.blocks.stream == "image" and length != tokens.shape[1]:
             raise ValueError(
                 f"{type(self.model).__name__} changes the number of its tokens between middle blocks of "
-                f"{place.blocks.name!r}, from {length} to {tokens.shape[1]} (registers that join, tokens that merge): choose "
-                "encoder_depth and decoder_depth so that the middle begins behind that or ends before it"
+                f"{place.blocks.name!r}, from {length} to {tokens.shape[1]} (registers that join, tokens that merge): "
+                "choose encoder_depth and decoder_depth so that the middle begins behind that or ends before it"
+            )
+
+    def _refuse_other_text(self, place: Place, named: dict[str, Any], text: Any) -> None:
+        """What is declared as text goes in and comes out as the same kind of thing."""
+        if isinstance(text, Tensor) and text.ndim != named[str(place.blocks.text)].ndim:
+            raise ValueError(
+                f"blocks {place.blocks.name!r} return a tensor of {text.ndim} axes as the text, and got "
+                f"{place.blocks.text!r} with {named[str(place.blocks.text)].ndim}: correct returns= and text="
             )
 
     def _count(self, tokens: Tensor) -> int:
@@ -277,13 +289,14 @@ class Route:
         if self.state.masked is not None and self.subset is not None:
             image = self.subset.gather(image)
         text = parts.get("text", text)
-        self.length, self.fused = self.num_tokens or 0, True
+        self.length = self.num_tokens or 0
         assert self.shallow is not None
         if self.strong is not None and self.state.idle != "middle":
             image = all_rows(self.strong, image, self.shallow)
             text = all_rows(self.strong, text, self.text) if text is not None and self.text is not None else text
             self.dropped = torch.ones(len(image), dtype=torch.bool, device=image.device)
             self.dropped[self.strong] = False
+        self.fused = True
         shallow, shallow_text = self._captured(image)
         if self.path == "shallow" or self.strong is not None:
             self.state.weak_ran = True

@@ -16,7 +16,21 @@ from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
 _PROPERTIES = {"dtype", "device", "layout", "requires_grad", "is_cuda", "is_complex", "is_floating_point", "is_contiguous"}
 _CASTS = {"to", "float", "half", "bfloat16", "double", "type", "type_as", "contiguous", "clone", "detach"}
 _NUMBERS = {  # functions that work number by number, and broadcast
-    *("cos", "sin", "exp", "neg", "abs", "sqrt", "rsqrt", "square", "sigmoid", "tanh", "logical_not", "bitwise_not", "invert"),
+    *(
+        "cos",
+        "sin",
+        "exp",
+        "neg",
+        "abs",
+        "sqrt",
+        "rsqrt",
+        "square",
+        "sigmoid",
+        "tanh",
+        "logical_not",
+        "bitwise_not",
+        "invert",
+    ),
     *("add", "radd", "sub", "rsub", "mul", "rmul", "div", "truediv", "rdiv", "rtruediv", "pow", "rpow", "where", "addcmul"),
     *("eq", "ne", "lt", "le", "gt", "ge", "logical_and", "logical_or", "and", "or", "maximum", "minimum", "masked_fill"),
     *("matmul", "rmatmul"),  # over the last two axes, and else like these
@@ -142,13 +156,13 @@ def _applied(func: Callable[..., Any], args: tuple, kwargs: dict[str, Any]) -> A
     batch, axes = len(tables[0].rows), max(table.ndim for table in tables)
     rank = max((tensor.ndim for tensor in plain), default=0)
     # Tensors of more axes hold the batch, and so do those of as many where the tables leave axis 0 free.
-    free = rank > axes or axes > 0 and all(_is_free(table) for table in tables if table.ndim == axes)
+    free = rank > axes or (axes > 0 and all(_is_free(table) for table in tables if table.ndim == axes))
     batched = [free and 0 < x.ndim == max(rank, axes) and (batch == 1 or x.shape[0] != 1) for x in plain]
     for tensor, has_batch in zip(plain, batched, strict=True):
         if has_batch and (tensor.shape[0] != batch or (rank > axes + 2 and 1 < batch == tensor.shape[1])):
             raise TypeError(
-                f"a table for a batch of {batch} meets a tensor of the shape {tuple(tensor.shape)}, whose batch is not axis 0 "
-                f"or cannot be told, which {_SHARED}"
+                f"a table for a batch of {batch} meets a tensor of the shape {tuple(tensor.shape)}, whose batch is not "
+                f"axis 0 or cannot be told, which {_SHARED}"
             )
     if name in _NUMBERS:
         return _at_once(func, leaves, spec, rank=max(rank, axes), mixed=any(batched))
