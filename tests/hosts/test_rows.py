@@ -77,7 +77,7 @@ class RotaryDiT(hosts.DiT):
 
     def __init__(self, rope_of):
         super().__init__(block=hosts.RotaryBlock, rope=True)
-        self.rope_of, self.cos, self.sin = rope_of, torch.randn(2, 20, 16).unbind(0)[0], torch.randn(20, 16)
+        self.rope_of, self.cos, self.sin = rope_of, torch.randn(20, 16), torch.randn(2, 20, 16)[1]
         self.buffer = torch.empty(16, 16)
 
     def forward(self, x, t):
@@ -102,6 +102,24 @@ def checked(model):
 )
 def test_tables_of_blocks_that_differ(rope_of):
     assert checked(RotaryDiT(rope_of)).ok
+
+
+@pytest.mark.parametrize(
+    "rope_of",
+    [
+        lambda m, i, n: m.cos[:n],
+        lambda m, i, n: (m.cos, m.rope)[i % 2][:n],
+        lambda m, i, n: m.buffer.copy_(m.cos[:16] * (1 + i)),
+    ],
+)
+def test_tables_of_blocks_that_differ_compile(rope_of):
+    torch.compiler.reset()
+    host = Host((Blocks("blocks", tables={"feat_rope": Table(dim=0, batched=False)}),))
+    model, x, t = sprint.wrap(RotaryDiT(rope_of).eval(), host=host), torch.randn(2, 3, 8, 8), torch.rand(2)
+    subset = sprint.TokenSubset.from_keep(torch.tensor([[5, 0, 9, 12], [2, 3, 15, 8]]), 16)
+    with torch.no_grad(), sprint.path(model, "sparse", subset=subset):
+        compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+        torch.testing.assert_close(compiled(x, t), model(x, t), rtol=1e-4, atol=1e-5)  # float32
 
 
 def test_a_table_made_anew_for_the_kept_tokens_is_refused():

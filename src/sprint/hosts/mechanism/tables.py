@@ -69,19 +69,24 @@ class Tables:
     """The tables of one call, by argument: gathered once for as long as the host passes the same ones, unchanged."""
 
     def __init__(self) -> None:
-        self.rows: dict[str, tuple[Any, list[int], Any]] = {}  # what was passed, its versions, and its rows
+        self.rows: dict[str, tuple[Any, list[int] | None, Any]] = {}  # what was passed, its versions, and its rows
 
     def of(self, name: str, value: Any, table: Table | tuple[Table, ...], subset: TokenSubset, **options: Any) -> Any:
         """The rows of the kept tokens, as `gather_rows`."""
-        versions = [leaf._version for leaf in leaves(value) if isinstance(leaf, Tensor) and not leaf.is_inference()]
-        before, told, rows = self.rows.get(name, (None, [], None))
-        if before is value and told == versions:
+        before, told, rows = self.rows.get(name, (None, None, None))
+        versions = None if torch.compiler.is_compiling() else _versions(value)  # what is gathered twice there, runs once
+        if before is value and told is not None and told == versions:
             return rows
         if before is not None:
             value = _uncut(name, value, table, subset)
         rows = gather_rows(value, table, subset, name=name, **options)
         self.rows[name] = (value, versions, rows)
         return rows
+
+
+def _versions(value: Any) -> list[int]:
+    """How often each tensor was written."""
+    return [leaf._version for leaf in leaves(value) if isinstance(leaf, Tensor) and not leaf.is_inference()]
 
 
 def _uncut(name: str, value: Any, table: Table | tuple[Table, ...], subset: TokenSubset) -> Any:
@@ -95,15 +100,23 @@ def _uncut(name: str, value: Any, table: Table | tuple[Table, ...], subset: Toke
         return value
     if value.shape[axis] != subset.num_kept or subset.num_kept == subset.num_tokens:
         return value
-    base, shape, strides = value._base, list(value.shape), value.stride()
+    base, shape = value._base, list(value.shape)
     shape[axis] = subset.num_tokens
-    reach = value.storage_offset() + sum((side - 1) * stride for side, stride in zip(shape, strides, strict=True))
-    if base is None or not base.is_contiguous() or reach >= base.storage_offset() + base.numel():
-        raise ValueError(
-            f"argument {name!r} of a middle block has the rows of {subset.num_kept} tokens, the first ones by their number, "
-            "while the kept tokens are others: make the whole table once, before the blocks, or cut it there"
-        )
-    return base.as_strided(shape, strides, value.storage_offset())
+    if base is not None and base.is_contiguous():
+        if torch.compiler.is_compiling():  # where a cut begins cannot be seen: at the first row, as without a start
+            along = [*value.shape]
+            along[axis] = base.shape[axis] if base.ndim == value.ndim else 0
+            if base.shape == torch.Size(along) and along[axis] >= subset.num_tokens:
+                return base.narrow(axis, 0, subset.num_tokens)
+        else:
+            begin, strides = value.storage_offset(), value.stride()
+            reach = begin + sum((side - 1) * stride for side, stride in zip(shape, strides, strict=True))
+            if reach < base.storage_offset() + base.numel():
+                return base.as_strided(shape, strides, begin)
+    raise ValueError(
+        f"argument {name!r} of a middle block has the rows of {subset.num_kept} tokens, the first ones by their number, "
+        "while the kept tokens are others: make the whole table once, before the blocks, or cut it there"
+    )
 
 
 @dataclass(frozen=True)
