@@ -12,7 +12,8 @@ from torch import Tensor, nn
 from sprint.hosts.mechanism.paths import path
 from sprint.hosts.mechanism.state import SprintState, find_wrapped
 from sprint.hosts.outputs import first_tensor
-from sprint.hosts.trials import FEWER, ORDER, Finding, Trials, gradients
+from sprint.hosts.trials import FEWER, ORDER, Trials, gradients
+from sprint.hosts.tried import Finding
 
 SMALL = 0.01  # seconds of a forward pass, below which shares of them say nothing
 
