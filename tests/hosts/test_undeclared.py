@@ -1,5 +1,7 @@
 """Models that `wrap` takes without a declaration, what it infers, and that a declaration turns no guard off."""
 
+import re
+
 import hosts
 import pytest
 import torch
@@ -157,7 +159,46 @@ def test_several_lists_are_named_in_a_line_that_works():
 
     with pytest.raises(ValueError, match="has 2 lists of blocks") as raised:
         sprint.wrap(Two())
-    line = str(raised.value).split("host=")[1].removesuffix(")")
-    host = eval(line, {"sprint": sprint})  # as pasted
+    lines = re.findall(r"sprint\.wrap\(model, host=(.*?)\)(?= or|\. If|$)", str(raised.value))
+    one, other, host = (eval(line, {"sprint": sprint}) for line in lines)  # as pasted
+    assert (one, other) == (Host((Blocks("blocks"),)), Host((Blocks("later"),)))
     assert host == Host((Blocks("blocks"), Blocks("later")))
     assert sprint.check(sprint.wrap(Two().eval(), host=host, drop=RandomDrop(0.75)), X, T).ok
+
+
+def test_lists_in_parts_are_named_in_a_line_that_works():
+    class Holding(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.inner = hosts.DiT()
+
+        def forward(self, x, t):
+            return self.inner(x, t)
+
+    with pytest.raises(ValueError, match="but in its parts") as raised:
+        sprint.wrap(Holding())
+    (line,) = re.findall(r"sprint\.wrap\(model, host=(.*?\)\))\)", str(raised.value))
+    host = eval(line, {"sprint": sprint})
+    assert host == Host((Blocks("inner.blocks"),))
+    assert sprint.check(sprint.wrap(Holding().eval(), host=host, drop=StructuredDrop(0.75)), X, T).ok
+
+
+@pytest.mark.parametrize("shape", [(16, 16), (1, 16, 8)])
+def test_tables_are_named_in_a_line_that_can_be_pasted(shape):
+    class Taking(hosts.Block):
+        def forward(self, x, c, rope):
+            return super().forward(x, c)
+
+    class Model(hosts.DiT):
+        def forward(self, x, t):
+            tokens, cond = self.embed(x).flatten(2).transpose(1, 2) + self.position, t[:, None].expand(-1, 16)
+            for block in self.blocks:
+                tokens = block(tokens, cond, torch.zeros(shape))
+            return tokens
+
+    model = sprint.wrap(Model(block=Taking), drop=StructuredDrop(0.75))
+    with pytest.raises(ValueError, match="seems to hold one row") as raised, sprint.path(model, "sparse"):
+        model(X, T)
+    (line,) = re.findall(r"sprint\.wrap\(model, host=(.*?,\)\))\), or, if", str(raised.value))
+    table = {(16, 16): sprint.Table(dim=(0, 1), batched=False), (1, 16, 8): sprint.Table(dim=1)}[shape]
+    assert eval(line, {"sprint": sprint}) == Host((Blocks("blocks", tables={"rope": table}),))

@@ -24,7 +24,7 @@ DROPS = {
     **dict.fromkeys(("sana_video", "wan_animate"), StructuredDrop(group=(1, 2, 2), keep=1)),
 }
 UNORDERED = {"sana", "sana_video", "wan_animate"}  # whose tokens must stay in the order of the grid
-UNMASKED = {"sana", "sana_video", "mochi"}  # where check says that it is not proved
+UNMASKED = {"sana", "sana_video"}  # where check says that it is not proved
 MIXING = {"hidream", "consisid", "framepack", "kandinsky5", "minimax_h3"}  # take no single sample, or mix those of a batch
 WHOLE_BATCH = {"bria_fibo", "qwen_image21", "wan_animate"}  # work with the whole batch between their blocks
 PADDED = {
@@ -90,11 +90,13 @@ def test_check_passes(name):
     model, arguments = wrapped(name, init="xavier")
     report = sprint.check(model, repeats=1, tolerance=1e-5, **arguments)
     found = {finding.name: finding.ok for finding in report.findings}
+    assert report.ok == (name not in UNMASKED)
     assert found.pop("padded text is not seen", None) is (True if name in PADDED else None)
     assert found == {
         "full path = the host itself": None,  # the fusion starts at random here
         "all tokens in any order = full": None if name in UNORDERED else True,
         "fewer tokens = masked attention": None if name in UNMASKED else True,
+        "dropped tokens are the image's": True,
         "samples alone = in their batch": None if name in MIXING else True,
         "a guided batch = its two halves": None if name in MIXING | WHOLE_BATCH else True,
         "shallow path skips the middle": True,

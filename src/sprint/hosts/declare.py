@@ -200,24 +200,36 @@ def declaration(model: nn.Module) -> tuple[Host, bool]:
     lists = [name for name, child in model.named_children() if _is_run(child)]
     if len(lists) == 1:
         return Host(blocks=(Blocks(lists[0]),)), False
+    name = type(model).__name__
     if lists:
-        blocks = ", ".join(f"sprint.Blocks({name!r})" for name in lists)
         raise ValueError(
-            f"{type(model).__name__} has {len(lists)} lists of blocks. If forward calls them in this order, and each takes "
-            f"and returns the image tokens (B, N, C): sprint.wrap(model, …, host=sprint.Host(({blocks})))"
+            f"{name} has {len(lists)} lists of blocks. If one takes and returns the image tokens (B, N, C), and the others "
+            f"a text, say: {' or '.join(_line([run]) for run in lists)}. If all of them do, and forward calls them in this "
+            f"order: {_line(lists)}"
+        )
+    inner = [path for path, module in model.named_modules() if path and _is_run(module)]
+    if inner:
+        raise ValueError(
+            f"{name} has no list of equal blocks among its attributes, but in its parts: "
+            f"{' or '.join(_line([run]) for run in inner[:4])}, if its blocks take and return the image tokens (B, N, C)"
         )
     raise ValueError(
-        f"{type(model).__name__} has no list of equal blocks among its attributes ({_children(model)}): name it, "
-        "sprint.wrap(model, …, host=sprint.Host((sprint.Blocks('part.blocks'),)))"
+        f"{name} has no list of equal blocks among its attributes ({_children(model)}), nor in its parts: keep them in a "
+        "ModuleList, or declare them one by one, sprint.Host((sprint.Blocks('first'), sprint.Blocks('second'), …))"
     )
 
 
+def _line(lists: list[str]) -> str:
+    blocks = ", ".join(f"sprint.Blocks({name!r})" for name in lists)
+    return f"sprint.wrap(model, host=sprint.Host(({blocks}{',' if len(lists) == 1 else ''})))"
+
+
 def _is_run(child: nn.Module) -> bool:
-    """A list of at least two blocks, most of one class; the first or last may be of others."""
+    """A list of at least two blocks: all of one class, or, in a `ModuleList`, at least half of them."""
     if not isinstance(child, nn.ModuleList | nn.Sequential) or len(child) < 2:
         return False
     (_, most), *_ = Counter(type(block) for block in child).most_common(1)
-    return most == len(child) or (most > 1 and 2 * most > len(child) and isinstance(child, nn.ModuleList))
+    return most == len(child) or (most > 1 and 2 * most >= len(child) and isinstance(child, nn.ModuleList))
 
 
 def _children(model: nn.Module) -> str:

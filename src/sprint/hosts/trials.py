@@ -7,39 +7,30 @@ attention sees the kept ones only: blocks that count their tokens, or number the
 and padded text is never seen.
 """
 
-import copy
 import math
-import re
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from itertools import product
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves, tree_map
 
 from sprint.hosts.declare import Stream
 from sprint.hosts.mechanism.masked import Masked
-from sprint.hosts.mechanism.state import SprintState
+from sprint.hosts.mechanism.wrapped import Wrapped
 from sprint.hosts.outputs import difference, tensors
-from sprint.middle.drop import Drop
+from sprint.hosts.samples import Samples
+from sprint.hosts.streams import Streams
+from sprint.hosts.tried import Finding, generator
 from sprint.middle.fusion import MaskRestore, SparseDenseResidual, TokenRouting
 from sprint.middle.tokens import TokenSubset
 from sprint.random import Device, uniform
 
 ORDER, FEWER = "all tokens in any order = full", "fewer tokens = masked attention"
-JUNK = 10.0  # standard deviation of what stands in padded text
-
-
-@dataclass(frozen=True)
-class Finding:
-    """One line of a report."""
-
-    name: str
-    ok: bool | None
-    """None: does not apply to this model, or was not proved."""
-    detail: str
+REACH = 1e-5  # share of the largest gradient from which on one counts
+SMALL = 1e-2  # share of the largest gradient to which others are compared at least, for those that cancel to nothing
+GRADIENTS = 100  # tolerances that gradients may be apart, which cancel more, but half of themselves at most
 
 
 class _Shuffled:
@@ -57,78 +48,26 @@ class _Shuffled:
         return TokenSubset(scores.argsort(dim=1).expand(batch, -1), num_tokens)
 
 
-class Draws:
-    """A drop sampler like another one, that notes what was drawn, or draws what was noted.
-
-    Args:
-        drop: the other one; a copy of it is used, since a route asks for more than `sample`.
-        fixed: what is drawn.
-    """
-
-    def __init__(self, drop: Drop, fixed: TokenSubset | None = None) -> None:
-        self.drop, self.subset, self.grid = copy.copy(drop), fixed, ()
-
-        def sample(batch: int, grid: Sequence[int], **options: Any) -> TokenSubset:
-            self.grid = tuple(grid)
-            self.subset = fixed if fixed is not None else drop.sample(batch, grid, **options)
-            return self.subset
-
-        object.__setattr__(self.drop, "sample", sample)
-
-
-@dataclass
-class Trials:
-    """A wrapped model, and the inputs that it is tried with.
-
-    Args:
-        model: as the user has it.
-        host: the wrapped model inside.
-        state: what `wrap` added.
-        call: of the model, on the path that is chosen.
-        output: takes the prediction out of what it returns.
-        args: its arguments by position.
-        kwargs: and by name.
-        tolerance: largest difference relative to the largest output.
-        perturbed: the parameters are not the model's own, which would show nothing.
-        blind: nor do these.
-    """
-
-    model: nn.Module
-    host: nn.Module
-    state: SprintState
-    call: Callable[..., Any]
-    output: Callable[[Any], Tensor]
-    args: tuple
-    kwargs: dict[str, Any]
-    tolerance: float
-    perturbed: bool = False
-    blind: bool = False
-
-    def run(self, name: str, inputs: "Inputs | None" = None, **route: Any) -> Tensor:
-        """The prediction on a path, with the user's inputs or others."""
-        args, kwargs = inputs or (self.args, self.kwargs)
-        return self.output(self.call(name, args, kwargs, **route))
-
-    def _set(self, name: str, value: Any, path: str, inputs: "Inputs | None" = None) -> Tensor:
-        """The prediction with one attribute of the state set meanwhile."""
-        before = getattr(self.state, name)
-        setattr(self.state, name, value)
-        try:
-            return self.run(path, inputs)
-        finally:
-            setattr(self.state, name, before)
+class Trials(Samples, Streams):
+    """All trials of a wrapped model."""
 
     def middle_matters(self) -> bool:
         """Whether the output shows what the middle blocks do, well above the tolerance."""
         full = self.run("full")
-        without = self._set("idle", True, "full")
-        return difference(full, without) > 10 * self.tolerance
+        without = self._set("idle", "middle", "full")
+        return difference(full, without) > min(10 * self.tolerance, 2 * self.tolerance + 0.01)
 
     def identity(self) -> Finding:
         """The full path is the host itself."""
         name = "full path = the host itself"
         full = self.run("full")
-        host = self._set("bypassed", True, "full")
+        kind = type(self.host)
+        if kind.__mro__[1] is Wrapped:
+            self.host.__class__ = kind.__mro__[2]
+        try:
+            host = self._set("bypassed", True, "full")
+        finally:
+            self.host.__class__ = kind
         apart = difference(host, full)
         if not _is_identity(self.host.sprint.fusion):  # pyright: ignore[reportAttributeAccessIssue, reportArgumentType]
             return Finding(name, None, f"the fusion is not the identity (any more): relative difference {apart:.1e}")
@@ -141,145 +80,55 @@ class Trials:
         if self.blind:
             return Finding(ORDER, None, "NOT PROVED: the output does not depend on what the middle blocks do")
         shuffled = _Shuffled(bool(getattr(self.state.drop, "shared", False)))
-        full, reordered = self.run("full"), self.run("sparse", drop=shuffled, generator=_generator(0))
-        return self._compared(ORDER, full, reordered, ", parameters perturbed" if self.perturbed else "")
+        full, reordered = self.run("full"), self.run("sparse", drop=shuffled, generator=generator(0))
+        return self._compared(ORDER, full, reordered)
 
-    def fewer(self) -> Finding:
+    def fewer(self) -> Finding | None:
         """Kept tokens alone, and all of them with attention masked to the kept ones."""
+        if self.state.drop is None:
+            return None
         reasons = {
-            "wrapped without a drop sampler": self.state.drop is None,
             "NOT PROVED: its blocks need tokens in grid order": any(place.sides for place, _ in self.state.places),
             "NOT PROVED: the output does not depend on what the middle blocks do": self.blind,
         }
         for reason, holds in reasons.items():
             if holds:
                 return Finding(FEWER, None, reason)
-        sparse, apart, proved = self.run("sparse", generator=_generator(1)), math.inf, False
-        # A joint attention may have either order, and its queries may be of another stream than its keys.
-        for order, across in product(("text+image", "image+text"), (False, True)):
-            expected, masked = self._masked(order, across=across)
-            if masked.subset is None or masked.attentions < masked.blocks:
-                continue
-            if masked.subset.num_kept == masked.subset.num_tokens:
+        sparse, apart, oracle = self.run("sparse", generator=generator(1)), math.inf, None
+        # A joint attention may have either order, its queries may be of another stream than its keys, and an attention to a
+        # text may have as many of both.
+        for only, order, across in product((None, 0, 1), ("text+image", "image+text"), (False, True)):
+            options = {"order": order, "across": across, "only": only}
+            with self._masked(**options) as masked:
+                expected = self.run("sparse", generator=generator(1))
+            if masked.subset is not None and masked.subset.num_kept == masked.subset.num_tokens:
                 return Finding(FEWER, None, f"NOT PROVED: the drop sampler keeps all {masked.subset.num_tokens} tokens")
-            here = difference(expected, sparse)
-            if not across or here < self.tolerance:
-                apart, proved = min(apart, here), True
+            here, reached = difference(expected, sparse), masked.subset and len(masked.reached) == masked.blocks
+            if (reached and not across and only is None) or here < self.tolerance:
+                apart, oracle = min(apart, here), options
             if apart < self.tolerance:
                 break
-        if not proved:
-            return Finding(FEWER, None, "NOT PROVED: attention does not go through F.scaled_dot_product_attention")
-        return Finding(FEWER, apart < self.tolerance, f"relative difference {apart:.1e}, at most {self.tolerance:.0e}")
+        if oracle is None:
+            return Finding(
+                FEWER,
+                None,
+                "NOT PROVED: attention goes through neither F.scaled_dot_product_attention nor a softmax over all tokens",
+            )
+        proved = apart < self.tolerance
+        self.oracle = oracle if proved else None
+        return Finding(FEWER, proved, f"relative difference {apart:.1e}, at most {self.tolerance:.0e}")
 
-    def _masked(self, order: Stream, *, across: bool) -> tuple[Tensor, Masked]:
-        """What the host gives on the sparse path when all tokens run and attention is masked, for the same draw."""
+    @contextmanager
+    def _masked(self, order: Stream, **options: Any) -> Iterator[Masked]:
+        """Meanwhile, on the sparse path, all tokens run and attention is masked."""
         fastpath = torch.backends.mha.get_fastpath_enabled()
-        self.state.masked = masked = Masked(order, across=across)
+        self.state.masked = masked = Masked(order, **options)
         torch.backends.mha.set_fastpath_enabled(False)
         try:
-            return self.run("sparse", generator=_generator(1)), masked
+            yield masked
         finally:
             self.state.masked = None
             torch.backends.mha.set_fastpath_enabled(fastpath)
-
-    def tokens(self) -> str:
-        """What is dropped: image tokens, their grid, those that are kept."""
-        if self.state.drop is None:
-            return ""
-        draws, length = Draws(self.state.drop), 0
-        place, _ = next(pair for pair in reversed(self.state.places) if pair[1] <= self.state.first)
-
-        def measure(module: nn.Module, args: tuple, kwargs: dict) -> None:
-            nonlocal length
-            length = place.named(args, kwargs)[place.image].shape[1]
-
-        blocks = self.host.get_submodule(place.blocks.name)
-        block = next(iter(blocks)) if isinstance(blocks, nn.ModuleList | nn.Sequential) else blocks
-        hook = block.register_forward_pre_hook(measure, with_kwargs=True)
-        try:
-            self.run("full")
-            self.run("sparse", drop=draws.drop)
-        finally:
-            hook.remove()
-        if draws.subset is None:
-            return ""
-        drawn, grid = draws.subset.num_tokens, "x".join(map(str, draws.grid))
-        stream = "" if length == drawn else f" of {length}"
-        kept = draws.subset.num_kept
-        return f"image tokens {drawn}{stream}, grid {grid}, kept {kept} ({100 * kept / drawn:.3g} %)"
-
-    def alone(self) -> Finding:
-        """A sample gives alone what it gives in its batch."""
-        name, batch = "samples alone = in their batch", self._batch()
-        if batch < 2 or self.state.drop is None:
-            return Finding(name, None, "a batch of one" if batch < 2 else "wrapped without a drop sampler")
-        draws = Draws(self.state.drop)
-        full, sparse = self.run("full"), self.run("sparse", drop=draws.drop, generator=_generator(2))
-        if draws.subset is None or len(full) != batch:
-            return Finding(name, None, "NOT PROVED: its output has no row for each sample")
-        whole, kept = torch.cat([full, sparse]), []
-        try:
-            single = [self._inputs(lambda value, i=i: value[i : i + 1]) for i in range(batch)]
-            fulls = torch.cat([self.run("full", inputs) for inputs in single])
-        except Exception as error:  # whatever the host raises
-            return Finding(name, None, f"NOT PROVED: the host takes no single sample, {_text(error)}")
-        if not self._same(full, fulls):
-            return Finding(name, None, "NOT PROVED: in the host itself, samples depend on their batch")
-        for i, inputs in enumerate(single):
-            only = Draws(self.state.drop, TokenSubset(draws.subset.keep[i : i + 1], draws.subset.num_tokens))
-            kept.append(self.run("sparse", inputs, drop=only.drop))
-        return self._compared(name, whole, torch.cat([fulls, *kept]))
-
-    def halves(self) -> Finding:
-        """Both branches of guidance in one batch are what they are apart."""
-        name, batch = "a guided batch = its two halves", self._batch()
-        other = self._inputs(
-            lambda value: value.roll(1, 0) if isinstance(value, Tensor) else value[1:] + value[:1], image=False
-        )
-        both = self._inputs(_twice, others=other)
-        try:
-            strong, weak, control = self.run("full"), self.run("shallow", other), self.run("full", both)
-            control_weak = self.run("full", other)
-        except Exception as error:  # whatever the host raises
-            return Finding(name, None, f"NOT PROVED: the host takes no batch twice as large, {_text(error)}")
-        if len(strong) != batch or not self._same(torch.cat([strong, control_weak]), control):
-            return Finding(name, None, "NOT PROVED: in the host itself, samples depend on their batch")
-        try:
-            guided = self._set("weak_half", "second", "full", both)
-        except ValueError as error:
-            return Finding(name, None, f"refused: {_text(error)}")
-        except RuntimeError as error:
-            return Finding(name, False, _text(error))
-        return self._compared(name, torch.cat([strong, weak]), guided)
-
-    def padding(self) -> Finding | None:
-        """Padded text is not seen with fewer tokens if it is not seen with all; None without a mask of text."""
-        name, batch = "padded text is not seen", self._batch()
-        image, named = self._first(), self._named()
-        leaves = [(key, leaf) for key, value in named.items() for leaf in tree_leaves(value) if isinstance(leaf, Tensor)]
-        masks = [leaf for key, leaf in leaves if re.search("mask", key) and leaf.ndim == 2 and len(leaf) == batch]
-        pairs = [
-            (mask, text)
-            for mask in masks
-            for _, text in leaves
-            if text.ndim == 3 and text.is_floating_point() and text.shape[:2] == mask.shape and text is not image
-        ]
-        if not pairs or self.state.drop is None:
-            return None
-        padded = {id(mask): mask.clone() for mask, _ in pairs}
-        for mask in padded.values():
-            if mask.shape[1] > 1 and bool(mask.bool().all()):
-                mask[0, -1] = 0
-        junk = {id(text): text + JUNK * _noise(text) * ~padded[id(mask)].bool()[..., None] for mask, text in pairs}
-
-        def inputs(replaced: dict[int, Tensor]) -> Inputs:
-            return tree_map(lambda value: replaced.get(id(value), value), (self.args, self.kwargs))
-
-        clean, spoilt = inputs(padded), inputs(padded | junk)
-        if not self._same(self.run("full", clean), self.run("full", spoilt)):
-            return Finding(name, None, "the host itself sees it")
-        sparse = [self.run("sparse", each, generator=_generator(3)) for each in (clean, spoilt)]
-        return self._compared(name, sparse[0], sparse[1])
 
     def outputs(self) -> Finding | None:
         """Features that the model returns from between its middle blocks have the kept tokens only, on the sparse path."""
@@ -322,7 +171,7 @@ class Trials:
         return Finding(name, calls == 0, f"{calls} calls of {len(hooks)} middle blocks")
 
     def gradients(self) -> Finding:
-        """Every parameter that learns on the full path learns on the sparse path."""
+        """Every parameter that learns on the full path learns on the sparse path, as it does with masked attention."""
         parameters = [(name, p) for name, p in self.model.named_parameters() if p.requires_grad]
         name = "sparse gradients reach parameters"
         if self.state.drop is None:
@@ -330,55 +179,33 @@ class Trials:
         if not parameters:
             return Finding(name, None, "no parameter requires gradients")
 
-        def reached(path: str) -> set[str]:
-            grads = gradients(lambda: self.run(path).float().square().mean(), [p for _, p in parameters])
-            return {name for (name, _), grad in zip(parameters, grads, strict=True) if grad is not None}
+        own = [parameter for _, parameter in parameters]
 
-        missing = sorted(reached("full") - reached("sparse"))
-        return Finding(
-            name, not missing, f"none for {', '.join(missing[:3])}" if missing else f"{len(parameters)} parameters"
-        )
+        def of(path: str) -> list[Tensor]:
+            options: dict[str, Any] = {} if path == "full" else {"generator": generator(1)}
+            grads = gradients(lambda: self.run(path, **options).float().square().mean(), own)
+            return [torch.zeros_like(p) if grad is None else grad for p, grad in zip(own, grads, strict=True)]
 
-    def _same(self, one: Tensor, other: Tensor) -> bool:
-        return one.shape == other.shape and difference(one, other) < self.tolerance
-
-    def _compared(self, name: str, one: Tensor, other: Tensor, remark: str = "") -> Finding:
-        apart = difference(one, other)
-        return Finding(
-            name, apart < self.tolerance, f"relative difference {apart:.1e}, at most {self.tolerance:.0e}{remark}"
-        )
-
-    def _named(self) -> dict[str, Any]:
-        return self.state.arguments(self.args, self.kwargs)
-
-    def _first(self) -> Any:
-        """The image: the first argument by the signature of forward."""
-        return next(iter(self._named().values()), None)
-
-    def _batch(self) -> int:
-        first = self._first()
-        return len(first) if isinstance(first, (list, tuple)) or (isinstance(first, Tensor) and first.ndim) else 0
-
-    def _inputs(self, change: Callable[..., Any], *, image: bool = True, others: "Inputs | None" = None) -> "Inputs":
-        """The inputs with a change of whatever has a row for each sample, of the image too or not; or a change of these and
-        of `others`."""
-        batch, first = self._batch(), self._first()
-
-        def rows(value: Any) -> bool:
-            return (
-                isinstance(value, (Tensor, list))
-                and not (isinstance(value, Tensor) and not value.ndim)
-                and len(value) == batch
-            )
-
-        def changed(value: Any, *other: Any) -> Any:
-            return change(value, *other) if rows(value) and (image or value is not first) else value
-
-        inputs = (self.args, self.kwargs)
-        return tree_map(changed, inputs, *([] if others is None else [others]), is_leaf=rows)
-
-
-Inputs = tuple[tuple, dict[str, Any]]
+        full, sparse, apart = of("full"), of("sparse"), 0.0
+        scale = max(float(grad.abs().max()) for grad in full)
+        for (named, _), there, here in zip(parameters, full, sparse, strict=True):
+            if not bool(here.isfinite().all()):
+                return Finding(name, False, f"not finite for {named}")
+            if float(there.abs().max()) > REACH * scale and not bool(here.any()):
+                return Finding(name, False, f"none for {named}")
+        if self.oracle is None or any("CheckpointWrapper" in type(module).__name__ for module in self.model.modules()):
+            return Finding(name, True, f"{len(parameters)} parameters")
+        with self._masked(**self.oracle):
+            expected = of("sparse")
+        scale = max(float(grad.abs().max()) for grad in expected)
+        worst = ""
+        for (named, _), there, here in zip(parameters, expected, sparse, strict=True):
+            relative = float((here - there).abs().max()) / max(float(there.abs().max()), SMALL * scale, 1e-30)
+            if not relative <= apart:
+                apart, worst = relative, named
+        limit = min(GRADIENTS * self.tolerance, 0.5)
+        remark = f"{len(parameters)} parameters, apart from masked attention by {apart:.1e}, at most {limit:.0e}"
+        return Finding(name, apart < limit, remark if apart < limit else f"{remark}, for {worst}")
 
 
 def gradients(loss: Callable[[], Tensor], parameters: Sequence[nn.Parameter]) -> Sequence[Tensor | None]:
@@ -403,22 +230,6 @@ def gradients(loss: Callable[[], Tensor], parameters: Sequence[nn.Parameter]) ->
             parameter.grad = grad
         for hook, own in zip(hooks, held, strict=True):
             hook.update(own)
-
-
-def _twice(value: Any, other: Any) -> Any:
-    return torch.cat([value, other]) if isinstance(value, Tensor) else value + other
-
-
-def _generator(seed: int) -> torch.Generator:
-    return torch.Generator().manual_seed(seed)
-
-
-def _noise(like: Tensor) -> Tensor:
-    return torch.randn(like.shape, generator=_generator(4)).to(like)
-
-
-def _text(error: Exception) -> str:
-    return f"{type(error).__name__}: {' '.join(str(error).split())[:160]}"
 
 
 def _is_identity(fusion: nn.Module) -> bool:

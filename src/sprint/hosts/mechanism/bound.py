@@ -48,6 +48,12 @@ class Bound:
         stop = self._sprint
         return stop.route.step(stop, partial(recompute, stop.block), args, kwargs)
 
+    def __eq__(self, other: object) -> bool:
+        return _block_of(self) is _block_of(other)
+
+    def __hash__(self) -> int:
+        return hash(_block_of(self))
+
     def __getattr__(self, name: str) -> Any:
         return getattr(self._sprint.block, name)
 
@@ -56,6 +62,12 @@ class Bound:
 
     def __delattr__(self, name: str) -> None:
         delattr(self._sprint.block, name)
+
+
+def _block_of(value: Any) -> Any:
+    """The block that something stands for; torch.compile asks this of objects that have nothing in them yet."""
+    stop = value.__dict__.get("_sprint") if isinstance(value, Bound) else None
+    return value if stop is None and not isinstance(value, Bound) else getattr(stop, "block", None)
 
 
 _KINDS: dict[type, type[Bound]] = {}  # by the block's class; torch.compile can look them up, but not make them
@@ -74,25 +86,39 @@ def bind(block: nn.Module, place: Place, index: int, route: Route) -> Any:
     return kind_of(block)(Stop(block, place, index, route))
 
 
+class Binding(NamedTuple):
+    """What a list of a wrapped model knows while the model runs."""
+
+    route: Route
+    place: Place
+    first: int
+    bound: dict[int, Bound]
+    """By index in the list, so that a block is one and the same however often it is asked for."""
+
+    def bind(self, block: nn.Module, index: int) -> Any:
+        """A block of the list on its route."""
+        if index not in self.bound:
+            self.bound[index] = bind(block, self.place.at(index), self.first + index, self.route)
+        return self.bound[index]
+
+
 class BoundList:
     """Marks a block list of a wrapped model; while the model runs, it yields bound blocks."""
 
     def __iter__(self) -> Iterator[Any]:
         blocks = super().__iter__()  # pyright: ignore[reportAttributeAccessIssue]
-        if (bound := self.__dict__.get("_sprint")) is None:
+        if (binding := self.__dict__.get("_sprint")) is None:
             return blocks
-        route, place, first = bound
-        return iter([bind(block, place, first + i, route) for i, block in enumerate(blocks)])
+        return iter([binding.bind(block, i) for i, block in enumerate(blocks)])
 
     def __getitem__(self, index: Any) -> Any:
-        bound = self.__dict__.get("_sprint")
-        if isinstance(index, slice) and bound is not None:
+        binding = self.__dict__.get("_sprint")
+        if isinstance(index, slice) and binding is not None:
             return Slice(list(self)[index]) if isinstance(self, nn.Sequential) else list(self)[index]
         block = super().__getitem__(index)  # pyright: ignore[reportAttributeAccessIssue]
-        if bound is None or isinstance(index, slice):
+        if binding is None or isinstance(index, slice):
             return block
-        route, place, first = bound
-        return bind(block, place, first + operator.index(index) % len(self), route)  # pyright: ignore[reportArgumentType]
+        return binding.bind(block, operator.index(index) % len(self))  # pyright: ignore[reportArgumentType]
 
     def __add__(self, other: Any) -> Any:
         if self.__dict__.get("_sprint") is None:

@@ -71,14 +71,15 @@ class Keeper:
         if grid is not None and fits and (len(grid) > 1 or not structured):
             return grid
         # Without a grid other samplers can draw, but tokens of which nothing is known may be class tokens or registers.
-        doubtful = sides is not None and not self.state.declared
+        packed = isinstance(x, Tensor) and x.ndim == 3 and host.image_tokens is None and x.shape[1] != num_tokens
+        doubtful = sides is not None or (packed and host.grid is None)
         if self.state.grid is None and not structured and not doubtful and not others:
             return (num_tokens,)
         name = type(self.model).__name__
         raise ValueError(
             f"the token grid of {name} is {'unknown' if grid is None or len(grid) == 1 else grid} for {num_tokens} tokens: "
-            "give it, sprint.wrap(…, grid=(rows, columns)) or sprint.path(model, 'sparse', grid=…)"
-            + ("" if others and not length else ", or use RandomDrop")
+            "give it, sprint.wrap(model, grid=(rows, columns)) or sprint.path(model, 'sparse', grid=…)"
+            + ("" if others and not length else ", or use RandomDrop" if structured else f", or grid=({num_tokens},)")
             + (_PREFIX.format(name) if doubtful else "")
         )
 
@@ -122,9 +123,9 @@ def _agree(given: tuple[int, ...], told: tuple[int, ...]) -> bool:
 
 
 _PREFIX = (
-    " with a declared model; if some of them are no image tokens (class token, registers), declare how many are, "
-    "sprint.wrap(…, host=sprint.Host((sprint.Blocks('blocks', stream='text+image'),), "
-    "image_tokens=lambda model, arguments, length: length - 1)) for {}"
+    ", if all of them are image tokens; if some are not (class token, registers), declare how many are, "
+    "sprint.wrap(model, host=sprint.Host((sprint.Blocks('blocks', stream='text+image'),), "
+    "image_tokens=lambda model, arguments, length: length - 1)), for {}"
 )
 
 

@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from sprint.hosts.declare import Blocks, Host
+from sprint.hosts.mechanism.holders import rebuilt
 
 _WIDTHS = ("inner_dim", "hidden_size", "embed_dim", "width", "dim")
 
@@ -23,7 +24,7 @@ def by_name(names: Sequence[str], args: Sequence[Any]) -> dict[str, Any]:
 class Place:
     """Where a run of blocks keeps its arguments."""
 
-    def __init__(self, blocks: Blocks, parameters: Sequence[str], *, count: int, any_name: bool = False) -> None:
+    def __init__(self, blocks: Blocks, parameters: Sequence[str], *, count: int) -> None:
         self.blocks, self.parameters, self.count = blocks, [*blocks.arguments, *parameters], count
         if not self.parameters:
             raise ValueError(
@@ -33,10 +34,20 @@ class Place:
         self.sides = (blocks.sides,) if isinstance(blocks.sides, str) else blocks.sides or ()
         self.unfolds = blocks.sides is not None
         self.image = blocks.image or self.parameters[0]
-        for name in (self.image, blocks.text, *blocks.tables, *self.sides):
-            if name is not None and name not in self.parameters and not any_name:
+        self.others: dict[int, Place] = {}  # of blocks with other parameters, by their index in the run
+        self.container: Any = None  # that holds what a block returns, where that is not told by how many these are
+
+    def at(self, index: int) -> "Place":
+        """Of one block of the run."""
+        return self.others.get(index, self)
+
+    def verify(self) -> None:
+        """Raise ValueError for a declared parameter that no block has."""
+        known = {name for place in (self, *self.others.values()) for name in place.parameters}
+        for name in (self.image, self.blocks.text, *self.blocks.tables, *self.sides):
+            if name is not None and name not in known:
                 raise ValueError(
-                    f"blocks {blocks.name!r} have no parameter {name!r}, they take {', '.join(self.parameters)}: "
+                    f"blocks {self.blocks.name!r} have no parameter {name!r}, they take {', '.join(self.parameters)}: "
                     "correct the declaration"
                 )
 
@@ -53,9 +64,19 @@ class Place:
         if len(returned) != len(returns):
             raise ValueError(
                 f"blocks {self.blocks.name!r} return {len(returned)} values, declared are {returns}: "
-                "declare what they return, sprint.Blocks(…, returns=…)"
+                "declare what they return, sprint.Blocks(…, returns=…), if these are image and text; anything else, such as "
+                "a loss, is not there where the middle blocks do not run, so keep it in the block"
             )
+        if isinstance(output, (tuple, list)) and (len(returns) == 1 or type(output) is not tuple):
+            self.container = output
         return dict(zip(returns, returned, strict=True))
+
+    def packed(self, parts: dict[str, Any]) -> Any:
+        """What the blocks return, in what they return it in."""
+        values = tuple(parts.values())
+        if self.container is not None:
+            return rebuilt(self.container, dict(enumerate(values)))
+        return values if len(values) > 1 else parts["image"]
 
     def argument(self, part: str) -> str:
         """The parameter that takes the image or the text."""
@@ -77,6 +98,11 @@ def find_places(model: nn.Module, host: Host) -> tuple[list[tuple[Place, int]], 
             raise ValueError(
                 f"{type(model).__name__} has no blocks at {blocks.name!r}, as its declaration says: correct the declaration"
             ) from error
+        if isinstance(run, nn.ModuleDict):
+            raise ValueError(
+                f"{blocks.name!r} is a ModuleDict, which has no order to rely on: keep the blocks in a ModuleList "
+                "(the names of their parameters change with its keys)"
+            )
         is_list = isinstance(run, nn.ModuleList | nn.Sequential)
         if not is_list and "." in blocks.name:
             raise ValueError(
@@ -86,16 +112,24 @@ def find_places(model: nn.Module, host: Host) -> tuple[list[tuple[Place, int]], 
         members = list(run) if is_list else [run]
         if not members:
             continue
-        block = members[0]
-        for wrapper in ("_checkpoint_wrapped_module", "_orig_mod"):
-            block = getattr(block, wrapper, block)
-        kinds = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
-        parameters = inspect.signature(block.forward).parameters
-        names = [name for name, p in parameters.items() if p.kind in kinds]
-        any_name = any(p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters.values())
-        places.append((Place(blocks, names, count=len(members), any_name=any_name), count))
+        (names, any_name), *rest = [_parameters(block) for block in members]
+        place = Place(blocks, names, count=len(members))
+        place.others = {i: Place(blocks, own, count=len(members)) for i, (own, _) in enumerate(rest, 1) if own != names}
+        if not any_name and not any(any_name for _, any_name in rest):
+            place.verify()
+        places.append((place, count))
         count += len(members)
     return places, count
+
+
+def _parameters(block: Any) -> tuple[list[str], bool]:
+    """Names of the parameters of a block's forward, and whether it takes others too."""
+    for wrapper in ("_checkpoint_wrapped_module", "_orig_mod"):
+        block = getattr(block, wrapper, block)
+    kinds = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
+    parameters = inspect.signature(block.forward).parameters
+    any_name = any(p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters.values())
+    return [name for name, p in parameters.items() if p.kind in kinds], any_name
 
 
 def placed_as(model: nn.Module, places: Sequence[tuple[Place, int]]) -> tuple[torch.device, torch.dtype]:
@@ -138,7 +172,7 @@ def width_of(model: Any, host: Host) -> int:
     likely = ", ".join(map(str, sorted(size for size, count in sizes.items() if count == most))) or "unknown"
     raise ValueError(
         f"the token width of {type(model).__name__} is ambiguous ({likely}): declare it, "
-        f"sprint.wrap(model, …, host=sprint.Host((sprint.Blocks({host.blocks[0].name!r}),), width=lambda model: …))"
+        f"sprint.wrap(model, host=sprint.Host((sprint.Blocks({host.blocks[0].name!r}),), width=lambda model: …))"
     )
 
 

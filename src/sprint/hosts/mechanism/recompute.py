@@ -19,8 +19,6 @@ class Debt:
 
     def borrow(self, name: str, tensor: Tensor) -> Tensor:
         """The tensor as a leaf, whose gradient is remembered."""
-        if not tensor.requires_grad:
-            return tensor
         leaf = tensor.detach().requires_grad_()
 
         def remember(grad: Tensor) -> None:

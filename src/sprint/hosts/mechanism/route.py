@@ -6,31 +6,26 @@ last one restores and fuses. A route belongs to one call: a checkpointed recompu
 forward pass drew.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
-from torch.utils._pytree import tree_map
 from torch.utils.checkpoint import checkpoint
 
 from sprint.hosts.declare import Arguments, Stream
 from sprint.hosts.mechanism.bound import Stop
+from sprint.hosts.mechanism.guided import all_rows, strong_half, take
 from sprint.hosts.mechanism.keep import Keeper
 from sprint.hosts.mechanism.places import Place
 from sprint.hosts.mechanism.recompute import Debt, draws
 from sprint.hosts.mechanism.sides import hint, refuse_undeclared
-from sprint.hosts.mechanism.tables import cut_to, gather_rows
+from sprint.hosts.mechanism.tables import Tables
 from sprint.random import uniform
 
 if TYPE_CHECKING:
     from sprint.hosts.mechanism.state import SprintState
-
-HALF_A_BATCH = (
-    "one half of the batch takes the shallow path, so the middle blocks run with the other half alone, and this model works "
-    "with the whole batch between them: guide it in two calls, without weak_half"
-)
 
 
 class Route:
@@ -48,11 +43,13 @@ class Route:
         self.shallow: Tensor | None = None
         self.text: Tensor | None = None
         self.dropped: Tensor | None = None
-        self.tables: dict[str, tuple[Any, Any]] = {}
+        self.tables = Tables()
         self.order: Tensor | None = None  # (B, L), where captions differ in length: text first, then the image
         self.strong: slice | None = None  # rows that run the middle, when one half of the batch takes the shallow path
+        self.returned: tuple[Any, int] = (None, 0)  # the run of the last middle block, and its length
         self.fused = False
         self.reached = -1  # index of the last block called
+        self.between = False  # the host's forward is at work between middle blocks
         self.entered = self.late = -1  # where the middle began; the decoder block that fuses, if the last middle one did not
         self.finished = False  # the forward pass is over: what is called now is recomputed for the backward pass
         self.learns = torch.is_grad_enabled()
@@ -64,19 +61,24 @@ class Route:
     def step(self, stop: Stop, block: Callable[..., Any], args: tuple, kwargs: dict) -> Any:
         """Call one block of the model."""
         place, index, first, last = stop.place, stop.number, self.state.first, self.state.last
-        if self.state.checkpoint and torch.is_grad_enabled():
+        self.between = False
+        if self.state.masked is not None:
+            block = stop.block  # not in a checkpoint, whose recomputation would not be masked
+        elif self.state.checkpoint and torch.is_grad_enabled():
             # Blocks that draw nothing need no random state, which a CUDA graph could not read.
             keep = torch.compiler.is_compiling() or draws(stop.block)
             block = partial(checkpoint, block, use_reentrant=False, preserve_rng_state=keep)
         named = place.named(args, kwargs)
         self._in_order(index)
         if self.num_tokens is None:
-            self._refuse_other_batch(place, named[place.image])
+            self._refuse_other_batch(place, named.get(place.image))
             self.num_tokens = self.length = self._count(named[place.image])
         if index > last and (not self.fused or index == self.late):
             self._fuse_late(place, index, named)
             return place.call(block, named, args, kwargs)
         if not first <= index <= last:
+            if self.state.idle == "encoder" and index < first:
+                return place.packed({part: named[place.argument(part)] for part in place.blocks.returns})
             output = block(*args, **kwargs)
             place.parts(output)
             return output
@@ -84,17 +86,20 @@ class Route:
         if entering:
             self._enter(place, index, named)
         self._refuse_other_axes(place, named[place.image])
-        if self.path == "shallow" or self.state.idle:
+        if self.path == "shallow" or self.state.idle == "middle":
             parts = {part: named[place.argument(part)] for part in place.blocks.returns}
         else:
-            if self.strong is not None:
-                self._take_strong(place, named)
+            if self.strong is not None and self.shallow is not None:
+                take(place, named, self.strong, batch=len(self.shallow), model=self.model)
             if self.path == "sparse" and self.state.masked is None:
                 self._gather(place, named, entering=entering)
             parts = place.parts(self._call(place, block, named, args, kwargs))
+            self._refuse_other_text(place, named, parts.get("text"))
+        self.returned = place.blocks, parts["image"].shape[1]
         if index == last:
             parts = self._leave(place, parts)
-        return tuple(parts.values()) if len(parts) > 1 else parts["image"]
+        self.between = True
+        return place.packed(parts)
 
     def _call(self, place: Place, block: Callable[..., Any], named: dict[str, Any], args: tuple, kwargs: dict) -> Any:
         if self.state.masked is not None and self.subset is not None:
@@ -150,29 +155,54 @@ class Route:
                 "backward inside of the with statement"
             )
 
-    def _refuse_other_batch(self, place: Place, tokens: Tensor) -> None:
+    def _refuse_other_batch(self, place: Place, tokens: Any) -> None:
         """Tokens are dropped along axis 1, and paths along axis 0, which must be the batch."""
+        if not isinstance(tokens, Tensor) or tokens.ndim != 3:
+            got = f"of the shape {tuple(tokens.shape)}" if isinstance(tokens, Tensor) else f"as a {type(tokens).__name__}"
+            raise ValueError(
+                f"blocks {place.blocks.name!r} got {place.image!r} {got}, expected the tokens as one tensor (B, N, C): name "
+                "the parameter that takes them, sprint.Blocks(…, image=…), and flatten a grid before the blocks"
+            )
         drops = self.path == "sparse" or (self.state.training and self.state.path_drop > 0)
-        if self.state.declared or not drops:
+        if not drops or (self.state.declared and torch.compiler.is_compiling()):
             return  # before sizes are looked at, each of which would be a graph of its own
         batches = {len(x) for x in self.arguments.values() if isinstance(x, Tensor) and x.ndim > 1}
-        if not batches or len(tokens) in batches:
+        if not batches or len(tokens) in batches or (self.state.declared and tokens.shape[1] not in batches):
             return
         raise ValueError(
             f"blocks {place.blocks.name!r} got tokens of the shape {tuple(tokens.shape)} for a batch of "
-            f"{', '.join(map(str, sorted(batches)))}, expected (B, N, C): build the blocks with batch_first=True, or, if "
-            f"axis 0 may differ, declare it, sprint.wrap(…, host=sprint.Host((sprint.Blocks({place.blocks.name!r}),)))"
+            f"{', '.join(map(str, sorted(batches)))}, expected (B, N, C): build the blocks with batch_first=True"
+            + (
+                ""
+                if tokens.shape[1] in batches
+                else f", or, if axis 0 holds more than the batch, declare it, {_pasted(place)}"
+            )
         )
 
     def _refuse_other_axes(self, place: Place, tokens: Tensor) -> None:
-        """Blocks by turns over space and over time fold one of them into the batch."""
-        if self.finished or self.shallow is None or len(tokens) == len(self.shallow):
+        """Blocks by turns over space and over time fold one of them into the batch; others join or merge tokens."""
+        if self.finished or self.shallow is None:
             return
-        if self.strong is None or len(tokens) != len(self.shallow[self.strong]):
+        if len(tokens) != len(self.shallow) and (self.strong is None or len(tokens) != len(self.shallow[self.strong])):
             raise ValueError(
                 f"{type(self.model).__name__} folds its tokens anew between its blocks ({len(self.shallow)} rows, then "
                 f"{len(tokens)} at {place.blocks.name!r}), as blocks by turns over space and time do: which tokens are "
                 "kept cannot follow, and it cannot be wrapped over these blocks"
+            )
+        run, length = self.returned
+        if run is place.blocks and place.blocks.stream == "image" and length != tokens.shape[1]:
+            raise ValueError(
+                f"{type(self.model).__name__} changes the number of its tokens between middle blocks of "
+                f"{place.blocks.name!r}, from {length} to {tokens.shape[1]} (registers that join, tokens that merge): "
+                "choose encoder_depth and decoder_depth so that the middle begins behind that or ends before it"
+            )
+
+    def _refuse_other_text(self, place: Place, named: dict[str, Any], text: Any) -> None:
+        """What is declared as text goes in and comes out as the same kind of thing."""
+        if isinstance(text, Tensor) and text.ndim != named[str(place.blocks.text)].ndim:
+            raise ValueError(
+                f"blocks {place.blocks.name!r} return a tensor of {text.ndim} axes as the text, and got "
+                f"{place.blocks.text!r} with {named[str(place.blocks.text)].ndim}: correct returns= and text="
             )
 
     def _count(self, tokens: Tensor) -> int:
@@ -192,7 +222,7 @@ class Route:
         if image.shape[-1] != self.fusion.dim:
             raise ValueError(
                 f"the tokens of blocks {place.blocks.name!r} are {image.shape[-1]} wide, the fusion was made for "
-                f"{self.fusion.dim}: declare the width, sprint.wrap(model, …, host=sprint.Host((sprint.Blocks("
+                f"{self.fusion.dim}: declare the width, sprint.wrap(model, host=sprint.Host((sprint.Blocks("
                 f"{place.blocks.name!r}),), width=lambda model: {image.shape[-1]}))"
             )
         again = self.shallow is not None
@@ -207,7 +237,12 @@ class Route:
             dropped = uniform((len(image),), device=image.device, generator=self.generator) < self.state.path_drop
         if again:
             return
-        self._split_batch(len(image))
+        if self.path == "full":
+            self.strong = strong_half(self.state, self.arguments, len(image))
+        if self.path != "sparse" or self.state.masked is not None:  # the blocks get these very tensors, and may write there
+            image = image.clone()
+        if text is not None and (dropped is not None or self.strong is not None):
+            text = text.clone()
         self.shallow, self.text, self.dropped = image, text, dropped
         self.captured_outside = torch.is_grad_enabled()
         if subset is not None:
@@ -235,15 +270,9 @@ class Route:
             value = named.get(name)
             if value is None:
                 continue
-            if name in self.tables and cut_to(value, table, self.subset.num_kept, self.num_tokens or 0):
-                named[name] = self.tables[name][1]  # the host's own forward cut it to what it sees of the tokens
-                continue
-            if name not in self.tables or self.tables[name][0] is not value:
-                shared = bool(getattr(self.drop, "shared", False))
-                rows = gather_rows(value, table, self.subset, name=name, shared=shared, order=self.order)
-                self.tables[name] = (value, rows)
-            named[name] = self.tables[name][1]
-        if place.sides:
+            shared = bool(getattr(self.drop, "shared", False))
+            named[name] = self.tables.of(name, value, table, self.subset, shared=shared, order=self.order)
+        if place.sides and place.sides[0] in named:
             group = self.keeper.cells(self.num_tokens or 0)
             if len(place.sides) == 1:
                 (name,) = place.sides
@@ -260,10 +289,14 @@ class Route:
         if self.state.masked is not None and self.subset is not None:
             image = self.subset.gather(image)
         text = parts.get("text", text)
-        self.length, self.fused = self.num_tokens or 0, True
+        self.length = self.num_tokens or 0
         assert self.shallow is not None
-        if self.strong is not None and not self.state.idle:
-            image, text = self._all_rows(image, text)
+        if self.strong is not None and self.state.idle != "middle":
+            image = all_rows(self.strong, image, self.shallow)
+            text = all_rows(self.strong, text, self.text) if text is not None and self.text is not None else text
+            self.dropped = torch.ones(len(image), dtype=torch.bool, device=image.device)
+            self.dropped[self.strong] = False
+        self.fused = True
         shallow, shallow_text = self._captured(image)
         if self.path == "shallow" or self.strong is not None:
             self.state.weak_ran = True
@@ -318,55 +351,6 @@ class Route:
         for part, value in self._leave(place, parts).items():
             named[place.argument(part)] = value
 
-    def _split_batch(self, batch: int) -> None:
-        """Decide whether this batch holds both guidance branches: the same input twice, in two halves."""
-        if self.state.weak_half is None or self.path != "full" or batch % 2:
-            return
-        x, *_ = *self.arguments.values(), None
-        if not isinstance(x, (Tensor, list)) or len(x) != batch:
-            return
-        pairs = (
-            [(x[: batch // 2], x[batch // 2 :])]
-            if isinstance(x, Tensor)
-            else zip(x[: batch // 2], x[batch // 2 :], strict=True)
-        )
-        if not all(torch.equal(one, other) for one, other in pairs):
-            return
-        self.strong = slice(batch // 2, None) if self.state.weak_half == "first" else slice(0, batch // 2)
-
-    def _take_strong(self, place: Place, named: dict[str, Any]) -> None:
-        assert self.shallow is not None
-        batch, strong = len(self.shallow), self.strong
-
-        def take(value: Any) -> Any:
-            return value[strong] if isinstance(value, Tensor) and value.ndim and len(value) == batch else value
-
-        for name, value in named.items():
-            tables = place.blocks.tables.get(name, ())
-            tables = tables if isinstance(tables, tuple) else (tables,)
-            items = {table.item for table in tables} - {None}
-            if not all(table.batched for table in tables):
-                continue
-            if items and isinstance(value, Mapping):
-                named[name] = {key: tree_map(take, item) if key in items else item for key, item in value.items()}
-            elif items:
-                named[name] = type(value)(tree_map(take, item) if i in items else item for i, item in enumerate(value))
-            else:
-                named[name] = tree_map(take, value)
-
-    def _all_rows(self, image: Tensor, text: Tensor | None) -> tuple[Tensor, Tensor | None]:
-        """Back to the whole batch, whose weak half has lost its deep path."""
-        assert self.shallow is not None
-        assert self.strong is not None
-        whole = torch.zeros_like(self.shallow)
-        whole[self.strong] = image
-        self.dropped = torch.ones(len(whole), dtype=torch.bool, device=whole.device)
-        self.dropped[self.strong] = False
-        if text is not None and self.text is not None:
-            text, strong_text = self.text.clone(), text
-            text[self.strong] = strong_text
-        return whole, text
-
     def _split(self, stream: Stream, tokens: Tensor) -> tuple[Tensor, Tensor | None]:
         if stream == "image":
             return tokens, None
@@ -400,3 +384,8 @@ class Route:
         if self.order is None:
             return stream
         return stream.gather(1, self.order.argsort(dim=1).unsqueeze(-1).expand(-1, -1, stream.shape[-1]))
+
+
+def _pasted(place: Place) -> str:
+    """A line that declares these blocks."""
+    return f"sprint.wrap(model, host=sprint.Host((sprint.Blocks({place.blocks.name!r}),)))"

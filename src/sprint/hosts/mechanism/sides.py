@@ -5,12 +5,13 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves
 
+from sprint.hosts.mechanism.holders import leaves
 from sprint.hosts.mechanism.places import Place
-from sprint.hosts.mechanism.tables import GatheredModule, Rows, kept_in
+from sprint.hosts.mechanism.rows import Rows
+from sprint.hosts.mechanism.tables import GatheredModule, kept_in
 
-_COUNTS = re.compile(r"seq_?len|cu_?seq|grid_?size")  # of flash attention, and of Wan 2.1
+_COUNTS = re.compile(r"(^|_)((cu_?)?seq_?)?(len|length)s?($|_)|cu_?seq|seq_?len|grid_?size")
 
 
 def refuse_undeclared(place: Place, named: Mapping[str, Any], num_tokens: int) -> None:
@@ -22,13 +23,23 @@ def refuse_undeclared(place: Place, named: Mapping[str, Any], num_tokens: int) -
                 "for that of the kept ones: this model cannot drop tokens on its sparse path; if the argument is of "
                 f"something else, sprint.Blocks({place.blocks.name!r}, others=({name!r},))"
             )
+    batch = len(named[place.image])
     for name, tensor in _tables(place, named, num_tokens):
+        blocks = f"sprint.Blocks({place.blocks.name!r}, tables={{{name!r}: {_table(tensor, batch, num_tokens)}}})"
         raise ValueError(
             f"argument {name!r} of the blocks has the shape {tuple(tensor.shape)} and seems to hold one row per token: "
-            f"declare it, sprint.wrap(model, …, host=sprint.Host((sprint.Blocks({place.blocks.name!r}, "
-            f"tables={{{name!r}: sprint.Table(…)}}),))), or, if it does not (such as a text of as many tokens), "
-            f"others=({name!r},)"
+            f"declare it, sprint.wrap(model, host=sprint.Host(({blocks},))), or, if it does not (such as a text of as many "
+            f"tokens), others=({name!r},)"
         )
+
+
+def _table(tensor: Tensor, batch: int, num_tokens: int) -> str:
+    """The likely declaration of a table, by its shape."""
+    axes = [axis for axis, side in enumerate(tensor.shape) if side == num_tokens]
+    if axes[0] == 0 and len(axes) > 1 and batch == num_tokens:
+        axes = axes[1:]
+    dim = axes[0] if len(axes) == 1 or axes[1] != axes[0] + 1 else (axes[0], axes[1])
+    return f"sprint.Table(dim={dim}{'' if axes[0] else ', batched=False'})"
 
 
 def hint(place: Place, named: Mapping[str, Any], num_tokens: int, *, shared: bool = False) -> str:
@@ -45,12 +56,12 @@ def hint(place: Place, named: Mapping[str, Any], num_tokens: int, *, shared: boo
         return ""
     return (
         f"a middle block failed on kept tokens, and {', '.join(sorted(names))} still has an axis of all {num_tokens}: "
-        f"declare it, sprint.Blocks({place.blocks.name!r}, tables={{name: sprint.Table(…)}})"
+        f"declare it, sprint.Blocks({place.blocks.name!r}, tables={{…: sprint.Table(…)}})"
     )
 
 
 def _has_rows(value: Any) -> bool:
-    return any(isinstance(item, (Rows, GatheredModule)) for item in tree_leaves(value))
+    return any(isinstance(item, (Rows, GatheredModule)) for item in leaves(value))
 
 
 def _tables(place: Place, named: Mapping[str, Any], num_tokens: int) -> Iterator[tuple[str, Tensor]]:
@@ -70,5 +81,5 @@ def _tensors(place: Place, named: Mapping[str, Any]) -> Iterator[tuple[str, Tens
     for name, value in named.items():
         if name in (place.image, place.blocks.text, *place.blocks.tables, *place.blocks.others):
             continue
-        values = kept_in(value).values() if isinstance(value, nn.Module) else tree_leaves(value)
+        values = kept_in(value).values() if isinstance(value, nn.Module) else leaves(value)
         yield from ((name, tensor) for tensor in values if isinstance(tensor, Tensor))

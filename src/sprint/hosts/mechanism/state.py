@@ -16,6 +16,7 @@ from sprint.middle.sparse import Path
 from sprint.middle.tokens import TokenSubset
 
 Chosen = tuple[Path, TokenSubset | None, Drop | None, torch.Generator | None]
+FULL: Chosen = ("full", None, None, None)
 
 
 class SprintState(nn.Module):
@@ -37,9 +38,9 @@ class SprintState(nn.Module):
         self.weak_ran = False  # a call has taken the shallow path; no count, for which torch.compile would compile each call
         self.guider_path: Any = None  # the path that a guider of diffusers chose for the call that it prepared
         self.bypassed = False  # run the host as if it were not wrapped, for `check`
-        self.idle = False  # the middle blocks return what they get, for `check`
+        self.idle: Literal["middle", "encoder"] | None = None  # blocks that return what they get, for `check`
         self.masked: Masked | None = None  # nothing is gathered, and attention masked instead, for `check`
-        self.route: Chosen = ("full", None, None, None)
+        self.route: Chosen = FULL
         self.latest: Chosen = self.route  # of the last forward pass
         self.held_by: list[int] = []  # the thread, as often as it is within a call or a `with path(...)`
 
@@ -73,7 +74,8 @@ class SprintState(nn.Module):
         return bool(self.held_by) and self.held_by[-1] != threading.get_ident()
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "held_by": []}  # a copy is held by nobody
+        """A copy is held by nobody, so that nothing would lead it back from a path that is chosen for a while."""
+        return {**self.__dict__, "held_by": [], "route": FULL if self.held_by else self.route}
 
     def arguments(self, args: tuple, kwargs: Mapping[str, Any]) -> dict[str, Any]:
         """The arguments of the model's forward by name, in the order of its signature."""

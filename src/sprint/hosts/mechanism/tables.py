@@ -1,108 +1,16 @@
 """Side inputs with one row per token, gathered with the tokens."""
 
 import types
-from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves, tree_map
 
 from sprint.hosts.declare import Stream, Table
+from sprint.hosts.mechanism.holders import held, leaves, rebuilt
+from sprint.hosts.mechanism.rows import Rows
 from sprint.middle.tokens import TokenSubset
-
-_PROPERTIES = {"dtype", "device", "layout", "requires_grad", "is_complex", "is_floating_point"}
-_ELEMENTWISE = {
-    "to",
-    "float",
-    "half",
-    "bfloat16",
-    "double",
-    "type",
-    "contiguous",
-    "clone",
-    "detach",
-    "cos",
-    "sin",
-    "exp",
-    "neg",
-}
-
-
-class Rows:
-    """A table without a batch axis, gathered for each sample: (B, K, *) that indexes and broadcasts like the (K, *) it
-    replaces.
-
-    Models lift such a table over the batch themselves, with `table[None, :, None]` or `table.unsqueeze(1)`; here the
-    leading axis that they add is the batch, which is already there. A slice of at least K rows is the whole table. In a
-    function of torch beside tensors of more axes, the batch comes first and the others stay the last ones.
-    """
-
-    def __init__(self, rows: Tensor) -> None:
-        self.rows = rows
-
-    @classmethod
-    def __torch_function__(cls, func: Any, types: Any, args: tuple = (), kwargs: Any = None) -> Any:
-        plain = [value.ndim for value in tree_leaves((args, kwargs)) if isinstance(value, Tensor)]
-
-        def among(value: Any) -> Any:
-            if not isinstance(value, Rows):
-                return value
-            between = max(plain, default=0) - value.rows.ndim
-            return value.rows.reshape(len(value.rows), *[1] * between, *value.shape)
-
-        args, kwargs = tree_map(among, (args, kwargs or {}))
-        result = func(*args, **kwargs)
-        return result if plain or not isinstance(result, Tensor) else Rows(result)
-
-    def __getitem__(self, index: Any) -> Any:
-        index = index if isinstance(index, tuple) else (index,)
-        if index[0] is None:
-            return self.rows[(slice(None), *index[1:])]
-        first = index[0]
-        whole = isinstance(first, slice) and not first.start and first.step in (None, 1)
-        if whole and (first.stop is None or first.stop >= self.rows.shape[1]):
-            return Rows(self.rows[(slice(None), slice(None), *index[1:])])
-        raise TypeError(
-            "a rotary table was indexed in a way that cannot be done with one row set per sample: wrap with a drop sampler "
-            "that is shared by the batch, StructuredDrop(…, shared=True)"
-        )
-
-    @property
-    def shape(self) -> torch.Size:
-        """Of the (K, *) table."""
-        return self.rows.shape[1:]
-
-    def unsqueeze(self, dim: int) -> Tensor:
-        """As of the (K, *) table, with the batch in front; dim 0 adds the batch itself."""
-        return self.rows if dim == 0 else self.rows.unsqueeze(dim + 1 if dim > 0 else dim)
-
-    def view(self, *shape: Any) -> Any:
-        """As of the (K, *) table: where its first axis becomes 1, the batch takes that place."""
-        sizes = shape[0] if len(shape) == 1 and isinstance(shape[0], (tuple, list)) else shape
-        batch = len(self.rows)
-        if sizes[0] == 1:
-            return self.rows.reshape(batch, *sizes[1:])
-        return Rows(self.rows.reshape(batch, *sizes))
-
-    reshape = view
-
-    @property
-    def ndim(self) -> int:
-        """Of the (K, *) table."""
-        return self.rows.ndim - 1
-
-    def __len__(self) -> int:
-        return self.rows.shape[1]
-
-    def __getattr__(self, name: str) -> Any:
-        """Dtype and device, and the methods that change each number by itself."""
-        if name in _PROPERTIES:
-            return getattr(self.rows, name)
-        if name not in _ELEMENTWISE:
-            raise AttributeError(f"a table with a row set for each sample has no {name!r}")
-        return lambda *args, **kwargs: Rows(getattr(self.rows, name)(*args, **kwargs))
 
 
 class GatheredModule:
@@ -157,11 +65,58 @@ def gather_rows(
     return value
 
 
-def cut_to(value: Any, table: Table | tuple[Table, ...], kept: int, num_tokens: int) -> bool:
-    """Whether a table has the rows of the kept tokens alone, as where a host cuts `table[: x.shape[1]]` between blocks."""
-    if kept == num_tokens or not isinstance(value, Tensor) or isinstance(table, tuple) or not isinstance(table.dim, int):
-        return False
-    return -value.ndim <= table.dim < value.ndim and value.shape[table.dim] == kept
+class Tables:
+    """The tables of one call, by argument: gathered once for as long as the host passes the same ones, unchanged."""
+
+    def __init__(self) -> None:
+        self.rows: dict[str, tuple[Any, list[int] | None, Any]] = {}  # what was passed, its versions, and its rows
+
+    def of(self, name: str, value: Any, table: Table | tuple[Table, ...], subset: TokenSubset, **options: Any) -> Any:
+        """The rows of the kept tokens, as `gather_rows`."""
+        before, told, rows = self.rows.get(name, (None, None, None))
+        versions = None if torch.compiler.is_compiling() else _versions(value)  # what is gathered twice there, runs once
+        if before is value and told is not None and told == versions:
+            return rows
+        if before is not None:
+            value = _uncut(name, value, table, subset)
+        rows = gather_rows(value, table, subset, name=name, **options)
+        self.rows[name] = (value, versions, rows)
+        return rows
+
+
+def _versions(value: Any) -> list[int]:
+    """How often each tensor was written."""
+    return [leaf._version for leaf in leaves(value) if isinstance(leaf, Tensor) and not leaf.is_inference()]
+
+
+def _uncut(name: str, value: Any, table: Table | tuple[Table, ...], subset: TokenSubset) -> Any:
+    """The whole of a table that a host cuts between its blocks to as many rows as there are tokens, `table[: x.shape[1]]`.
+
+    Raises:
+        ValueError: it is no part of a larger table.
+    """
+    axis = table.dim if isinstance(table, Table) and isinstance(table.dim, int) else None
+    if axis is None or not isinstance(value, Tensor) or not -value.ndim <= axis < value.ndim:
+        return value
+    if value.shape[axis] != subset.num_kept or subset.num_kept == subset.num_tokens:
+        return value
+    base, shape = value._base, list(value.shape)
+    shape[axis] = subset.num_tokens
+    if base is not None and base.is_contiguous():
+        if torch.compiler.is_compiling():  # where a cut begins cannot be seen: at the first row, as without a start
+            along = [*value.shape]
+            along[axis] = base.shape[axis] if base.ndim == value.ndim else 0
+            if base.shape == torch.Size(along) and along[axis] >= subset.num_tokens:
+                return base.narrow(axis, 0, subset.num_tokens)
+        else:
+            begin, strides = value.storage_offset(), value.stride()
+            reach = begin + sum((side - 1) * stride for side, stride in zip(shape, strides, strict=True))
+            if reach < base.storage_offset() + base.numel():
+                return base.as_strided(shape, strides, begin)
+    raise ValueError(
+        f"argument {name!r} of a middle block has the rows of {subset.num_kept} tokens, the first ones by their number, "
+        "while the kept tokens are others: make the whole table once, before the blocks, or cut it there"
+    )
 
 
 @dataclass(frozen=True)
@@ -173,11 +128,9 @@ class _Gathering:
 
     def of(self, value: Any, table: Table) -> Any:
         """The kept rows of whatever holds them."""
-        if isinstance(value, (tuple, list, Mapping)):
-            pairs = value.items() if isinstance(value, Mapping) else enumerate(value)
+        if (items := held(value)) is not None:
             plain = replace(table, item=None)
-            rows = {key: self.of(x, plain) if table.item in (None, key) else x for key, x in pairs}
-            return rows if isinstance(value, Mapping) else type(value)(rows.values())
+            return rebuilt(value, {key: self.of(x, plain) if table.item in (None, key) else x for key, x in items.items()})
         if isinstance(value, nn.Module):
             return self._of_module(value, table)
         if value is None or isinstance(value, Rows):

@@ -12,9 +12,10 @@ import torch
 from torch import Tensor, nn
 
 from sprint.checkpoint import write_text
-from sprint.hosts.mechanism.bound import Bound, BoundList, bind
+from sprint.hosts.mechanism.bound import Binding, Bound, BoundList, bind
+from sprint.hosts.mechanism.guided import HALF_A_BATCH
 from sprint.hosts.mechanism.paths import path
-from sprint.hosts.mechanism.route import HALF_A_BATCH, Route
+from sprint.hosts.mechanism.route import Route
 from sprint.hosts.mechanism.state import SprintState, own_state, state_of
 
 OPTIONS_FILE = "sprint.json"  # beside a saved model of diffusers: how it was wrapped
@@ -104,7 +105,7 @@ def _on_route(model: Any, state: SprintState, call: Callable[..., Any], args: tu
                     "wrapped: sprint.unwrap(model), change its blocks, and wrap it again"
                 )
             lists.append((run, run.__dict__.get("_sprint")))
-            run.__dict__["_sprint"] = (route, place, first)
+            run.__dict__["_sprint"] = Binding(route, place, first, {})
         else:
             route.single[place.blocks.name] = (place, first)
     outer = model.__dict__.get("_sprint")
@@ -112,9 +113,17 @@ def _on_route(model: Any, state: SprintState, call: Callable[..., Any], args: tu
     try:
         output = call(*args, **kwargs)
     except RuntimeError as error:
-        if route.strong is None or route.fused or torch.compiler.is_compiling():
+        if route.fused or torch.compiler.is_compiling():
             raise
-        raise ValueError(f"{HALF_A_BATCH} ({error})") from error
+        if route.strong is not None:
+            raise ValueError(f"{HALF_A_BATCH} ({error})") from error
+        if route.path != "sparse" or not route.between:
+            raise
+        raise RuntimeError(
+            f"{error}\n{type(model).__name__}.forward failed between its middle blocks, where it has {route.length} of "
+            f"{route.num_tokens} image tokens: what it adds or joins there must have as many (skips across the edge of the "
+            "middle have all: choose as many decoder as encoder blocks; so have tokens kept from before the blocks)"
+        ) from error
     finally:
         route.finished = True
         model.__dict__["_sprint"] = outer
@@ -185,17 +194,19 @@ def unwrapped_class(kind: type, mark: type) -> type:
 
 
 def _other_ways(base: type, names: tuple[str, ...]) -> dict[str, Callable[..., Any]]:
-    """The methods beside `forward` that run the blocks, such as timm's `forward_features`: those that name a list."""
+    """The methods beside `forward` that run the blocks, such as timm's `forward_features`: those that name a list, or did
+    before a subclass overrode them. Taken from the class as it is, so that what overrides them stays."""
     lists = {name.split(".")[0] for name in names}
-    methods = {}
+    found = set()
     for kind in base.__mro__:
         if kind is nn.Module or not issubclass(kind, nn.Module):
             continue
         for name, method in vars(kind).items():
             code = getattr(inspect.unwrap(method), "__code__", None) if isinstance(method, types.FunctionType) else None
             if code is not None and lists & {*code.co_names} and not name.startswith("__") and name != "forward":
-                methods.setdefault(name, method)
-    return methods
+                found.add(name)
+    methods = {name: inspect.getattr_static(base, name) for name in sorted(found)}
+    return {name: method for name, method in methods.items() if isinstance(method, types.FunctionType)}
 
 
 def _guarded(name: str, method: Callable[..., Any]) -> Callable[..., Any]:
