@@ -191,7 +191,7 @@ def test_a_generator_decides_every_draw():
 def test_wrapped_by_data_parallel():
     """DistributedDataParallel keeps the model under `.module`."""
 
-    class Wrapper(nn.Module):
+    class DistributedDataParallel(nn.Module):
         def __init__(self, module):
             super().__init__()
             self.module = module
@@ -202,7 +202,7 @@ def test_wrapped_by_data_parallel():
     net, (x0, y) = tiny(), batch()
     plain, wrapped = (
         FlowMatchingLoss()(m, x0, y=y, drop=StructuredDrop(0.75), generator=torch.Generator().manual_seed(0)).loss
-        for m in (net, Wrapper(net))
+        for m in (net, DistributedDataParallel(net))
     )
     assert plain.equal(wrapped)
 

@@ -204,3 +204,68 @@ def test_options_can_be_written_and_make_the_same_again():
     options = {"prediction": "x", "interpolant": "cosine", "time": 1000, "reverse": True}
     assert Velocity(hosts.DiT(), **options).options() == options
     assert Velocity(Original(), like="SiT").options() == {"like": "SiT"}
+
+
+class Holder(nn.Module):
+    """Someone's module around a Velocity."""
+
+    def __init__(self, net):
+        super().__init__()
+        self.module = net
+
+    def forward(self, x, t, y=None):
+        return self.module(x, t, y)
+
+
+def test_a_velocity_within_a_holder_keeps_its_interpolant():
+    velocity, noise, t = noisy(), torch.randn_like(X), torch.tensor([0.3, 0.7])
+    loss = FlowMatchingLoss(error="noise")
+    assert loss(Holder(velocity), X, noise=noise, t=t).loss.equal(loss(velocity, X, noise=noise, t=t).loss)
+    assert sprint.sample(Holder(velocity).eval(), X, steps=3).equal(sprint.sample(velocity, X, steps=3))
+
+
+def test_it_leaves_the_modes_of_its_model():
+    model = hosts.DiT().train()
+    model.blocks[0].eval()
+    Velocity(model, prediction="v")
+    assert not model.blocks[0].training
+    assert model.blocks[1].training
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "message"),
+    [
+        ({"time": 0}, ValueError, "time must be a positive factor, such as 1000, or a function of t, got 0"),
+        ({"time": True}, ValueError, "time must be a positive factor.* got True"),
+        ({"time": float("nan")}, ValueError, "time must be a positive factor.* got nan"),
+        ({"channels": -4}, ValueError, "channels must be a whole number, at least 1, got -4"),
+        ({"reverse": "no"}, TypeError, "reverse must be True or False, got 'no'"),
+        ({"call": "x"}, TypeError, "call must be a function, got str"),
+        ({"null": torch.ones(2)}, TypeError, "null must be a function, got Tensor"),
+    ],
+)
+def test_bad_options(options, error, message):
+    with pytest.raises(error, match=message):
+        Velocity(hosts.DiT(), prediction="v", **options)
+
+
+@pytest.mark.parametrize("interpolant", ["linear", "cosine"])
+def test_noise_models_start_where_there_is_data_on_any_grid(interpolant):
+    velocity = Velocity(hosts.DiT().eval(), prediction="noise", interpolant=interpolant)
+    assert sprint.sample(velocity, X, times=[1.0, 0.5, 0.0]).isfinite().all()
+
+
+def test_times_that_a_loss_draws_are_inside():
+    class Ends:
+        def __call__(self, batch, interpolant, *, device=None, generator=None):
+            return torch.tensor([0.0, 1.0], dtype=torch.float64)
+
+    for prediction, error in (("noise", "noise"), ("x", "x"), ("noise", "v")):
+        for interpolant in ("linear", "ddpm"):
+            velocity = Velocity(hosts.DiT().double(), prediction=prediction, interpolant=interpolant)
+            assert FlowMatchingLoss(time=Ends(), error=error)(velocity, X.double()).loss.isfinite()
+    with pytest.raises(ValueError, match="t holds times from 300 to 700, expected 0 .* divide steps by their count"):
+        FlowMatchingLoss()(Velocity(hosts.DiT(), prediction="v"), X, t=torch.tensor([300.0, 700.0]))
+    for solver in (3, None, sprint.Heun):
+        with pytest.raises(TypeError, match="solver must be one of euler, heun, sde, a scheduler of diffusers or a Solver"):
+            sprint.sample(noisy(), X, solver=solver)

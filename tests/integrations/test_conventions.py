@@ -226,3 +226,77 @@ def test_pipelines_of_other_models_conditions_and_schedulers():
         options["guidance"] = PathDropGuidance(2.0, null={name: value[:1] for name, value in null.items()})
         alone = pipe(first, generator=[torch.Generator().manual_seed(3)], **options)
         torch.testing.assert_close(alone, both[:1], rtol=1e-4, atol=1e-4)  # no image depends on its batch
+
+
+def test_models_that_others_hold_are_known_and_refused_alike():
+    peft = pytest.importorskip("peft")
+    model, x, y, _ = host("dit")
+    y, t, noise = y["class_labels"], torch.tensor([0.3, 0.6], dtype=torch.float64), torch.randn_like(x)
+    loss = FlowMatchingLoss(error="noise")
+    plain = loss(Velocity(model), x, y=y, t=t, noise=noise).loss
+    options = peft.LoraConfig(target_modules=["to_q"])
+    held = peft.get_peft_model(model, options)
+    torch.testing.assert_close(loss(Velocity(held), x, y=y, t=t, noise=noise).loss, plain)
+    for unadapted in (held, held.get_base_model().forward):
+        with pytest.raises(ValueError, match="is not called as model"):
+            loss(unadapted, x, y=y)
+    around = peft.get_peft_model(Velocity(host("dit")[0]), options)
+    torch.testing.assert_close(loss(around, x, y=y, t=t, noise=noise).loss, plain)
+    assert Velocity(torch.compile(host("dit")[0], backend="eager")).prediction == "noise"
+
+
+@pytest.mark.parametrize(
+    ("scheduler", "message"),
+    [
+        (diffusers.DPMSolverMultistepScheduler(use_flow_sigmas=True), "prediction_type='epsilon' and use_flow_sigmas=True"),
+        (diffusers.UniPCMultistepScheduler(prediction_type="flow_prediction"), "and use_flow_sigmas=False"),
+        (diffusers.FlowMatchEulerDiscreteScheduler(invert_sigmas=True), "has invert_sigmas=True, which is not known here"),
+        (diffusers.IPNDMScheduler(), "IPNDMScheduler takes what it does not say: it is not known here"),
+        (diffusers.DDPMScheduler(**DDPM, variance_type="learned_range"), "a velocity holds no variance: make it with"),
+        (
+            diffusers.EulerDiscreteScheduler(**DDPM, timestep_type="continuous", prediction_type="v_prediction"),
+            "has timestep_type='continuous', which is not known here",
+        ),
+    ],
+    ids=range(6),
+)
+def test_schedulers_that_are_refused(scheduler, message):
+    model, x, y, _ = host("dit")
+    with pytest.raises(ValueError, match=message):
+        sprint.sample(Velocity(model), x, y=y["class_labels"], solver=scheduler)
+
+
+def test_conditions_do_not_replace_the_state():
+    model, x, y, _ = host("sd3")
+    with pytest.raises(ValueError, match="y names hidden_states, timestep, which are the state and the time"):
+        Velocity(model)(x, torch.rand(2).double(), {**y, "hidden_states": x, "timestep": torch.ones(2)})
+
+
+def test_pipelines_follow_a_replaced_transformer_and_leave_modes():
+    model, x, _, _ = host("dit", init="xavier")
+    pipe = pipeline(model, diffusers.DDIMScheduler(**DDPM, clip_sample=False))
+    model.train()
+    model.transformer_blocks[0].eval()
+    pipe([1, 2], size=(8, 8), latents=x, num_inference_steps=1)
+    assert [block.training for block in model.transformer_blocks] == [False] + [True] * 5
+    pipe.transformer = host("sd3")[0]
+    assert pipe.model.prediction == "v"
+    with pytest.raises(ValueError, match=r"latents are \(2, 4, 8, 8\), and size=\(4, 4\)"):
+        pipe([1, 2], size=(4, 4), latents=x)
+    with pytest.raises(ValueError, match=r"size must be \(rows, columns\) of the latents, got 8"):
+        pipe([1, 2], size=8)
+
+
+def test_a_vae_with_statistics_per_channel_decodes():
+    torch.manual_seed(0)
+    parts = {"block_out_channels": (4, 4), "norm_num_groups": 2, "down_block_types": ["DownEncoderBlock2D"] * 2}
+    statistics = {"latents_mean": [0.1, 0.2, 0.3, 0.4], "latents_std": [1.0, 2.0, 3.0, 4.0]}
+    vae = diffusers.AutoencoderKL(**parts, up_block_types=["UpDecoderBlock2D"] * 2, latent_channels=4, **statistics).eval()
+    model, x, _, _ = host("dit", init="xavier")
+    pipe = pipeline(model.float(), diffusers.DDIMScheduler(**DDPM), vae=vae)
+    latents = pipe([1, 2], size=(8, 8), latents=x, num_inference_steps=1, output_type="latent")
+    images = pipe([1, 2], size=(8, 8), latents=x, num_inference_steps=1)
+    mean, std = (torch.tensor(values).view(1, -1, 1, 1) for values in statistics.values())
+    with torch.no_grad():
+        decoded = vae.decode(latents * std / vae.config.scaling_factor + mean).sample
+    torch.testing.assert_close(images, (decoded / 2 + 0.5).clamp(0, 1), rtol=1e-4, atol=1e-4)

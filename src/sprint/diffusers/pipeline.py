@@ -1,7 +1,8 @@
 """`SprintPipeline`: our SiT or any model as its `Velocity`, a scheduler of diffusers, perhaps a VAE."""
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal
 
@@ -52,7 +53,9 @@ class SprintPipeline(DiffusionPipeline):
         """The transformer as samplers call it."""
         if self._velocity is None:
             return self.transformer
-        self._velocity.model = self.transformer  # which a user may have replaced
+        if self._velocity.model is not self.transformer:  # a user has replaced it
+            options = self._velocity.options() if type(self._velocity.model) is type(self.transformer) else {}
+            self._velocity = Velocity(self.transformer, **options)
         return self._velocity
 
     @torch.no_grad()
@@ -88,6 +91,17 @@ class SprintPipeline(DiffusionPipeline):
         """
         if output_type not in ("pt", "latent", "pil"):
             raise ValueError(f"unknown output_type {output_type!r}: choose one of pt, latent, pil")
+        if not isinstance(size, tuple | list):
+            raise ValueError(f"size must be (rows, columns) of the latents, got {size!r}")
+        if output_type == "pil" and len(size) != 2:
+            raise ValueError(f"output_type='pil' is for images, got latents of {len(size)} axes: use 'pt'")
+        if latents is not None and tuple(latents.shape[2:]) != tuple(size):
+            raise ValueError(f"latents are {tuple(latents.shape)}, and size={tuple(size)}: give size as theirs")
+        if self.vae is not None and not hasattr(self.vae.config, "scaling_factor"):
+            raise ValueError(
+                f"{type(self.vae).__name__} tells no scaling_factor, by which latents are decoded: use output_type='latent' "
+                "without a vae, and decode them yourself"
+            )
         if num_inference_steps < 1:
             raise ValueError(f"num_inference_steps must be 1 or more, got {num_inference_steps}")
         like = next(self.transformer.parameters())
@@ -96,13 +110,23 @@ class SprintPipeline(DiffusionPipeline):
             part = self.transformer.config if self._velocity is None else self.model
             shape = (batch, part.in_channels, *size)
             latents = normal(shape, device=like.device, dtype=like.dtype, generator=generator)
+        with _evaluating(self.model):
+            x = self._integrated(latents.to(like.device, like.dtype), y, guidance, num_inference_steps, generator)
+        x = x.to(like.dtype)
+        if output_type == "latent":
+            return x
+        images = x if self.vae is None else self._decoded(x)
+        images = (images / 2 + 0.5).clamp(0, 1)
+        return self.numpy_to_pil(images.permute(0, 2, 3, 1).float().cpu().numpy()) if output_type == "pil" else images
+
+    def _integrated(self, noise: Tensor, y: Any, guidance: Guidance | None, steps: int, generator: Generators) -> Tensor:
         states = trajectory(
-            self.model.eval(),
-            latents.to(like.device, like.dtype),
+            self.model,
+            noise,
             y=y,
             guidance=guidance,
             solver=self.scheduler,
-            steps=num_inference_steps,
+            steps=steps,
             generator=generator,
             state_dtype=torch.float32,
         )
@@ -110,15 +134,17 @@ class SprintPipeline(DiffusionPipeline):
         bar: Any = self.progress_bar
         for _ in bar(range(len(self.scheduler.timesteps))):
             x = next(states).x
-        x = x.to(like.dtype)
-        if output_type == "latent":
-            return x
-        images = x
-        if self.vae is not None:
-            shift = getattr(self.vae.config, "shift_factor", None) or 0.0
-            images = self.vae.decode(x / self.vae.config.scaling_factor + shift, return_dict=False)[0]
-        images = (images / 2 + 0.5).clamp(0, 1)
-        return self.numpy_to_pil(images.permute(0, 2, 3, 1).float().cpu().numpy()) if output_type == "pil" else images
+        return x
+
+    def _decoded(self, latents: Tensor) -> Tensor:
+        """Images of latents, by the VAE's scale and shift, or statistics per channel."""
+        config = self.vae.config
+        x = latents.to(self.vae.dtype) / config.scaling_factor
+        mean, std = (getattr(config, name, None) for name in ("latents_mean", "latents_std"))
+        if mean is not None and std is not None:
+            mean, std = (torch.tensor(values, device=x.device, dtype=x.dtype).view(1, -1, 1, 1) for values in (mean, std))
+            x = x * std + mean
+        return self.vae.decode(x + (getattr(config, "shift_factor", None) or 0.0), return_dict=False)[0]
 
     def save_pretrained(  # pyright: ignore[reportIncompatibleMethodOverride]
         self, save_directory: PathLike, **kwargs: Any
@@ -168,6 +194,18 @@ class SprintPipeline(DiffusionPipeline):
             transformer = from_pretrained(kind, place, **kwargs) if wrapped else kind.from_pretrained(place, **kwargs)
             transformer = Velocity(transformer, **index.get("velocity", {}))
         return cls(transformer.eval(), **parts)
+
+
+@contextmanager
+def _evaluating(model: torch.nn.Module) -> Iterator[None]:
+    """In `eval()`, and afterwards each part in the mode in which it was."""
+    modes = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, training in modes:
+            module.training = training
 
 
 def _conditions(labels: Any, device: torch.device) -> tuple[Any, int]:

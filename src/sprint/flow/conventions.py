@@ -30,7 +30,11 @@ def patches(model: Any, x: Tensor) -> int:
     if x.ndim == 3:
         return x.shape[1]
     config = getattr(model, "config", model)
-    patch = getattr(config, "patch_size", 1)
+    if (patch := getattr(config, "patch_size", None)) is None:
+        raise ValueError(
+            f"{type(model).__name__} tells no patch_size, so that its tokens cannot be counted, by which the scheduler "
+            "shifts its times: turn use_dynamic_shifting off, or set the shift yourself"
+        )
     sides = patch if isinstance(patch, tuple | list) else (getattr(config, "patch_size_t", None) or 1, patch, patch)
     return math.prod(length // side for length, side in zip(x.shape[2:], sides[-(x.ndim - 2) :], strict=True))
 
@@ -88,6 +92,8 @@ def _named(label: str | None = None, **always: Any) -> Call:
                     f"arguments, {{'encoder_hidden_states': …}}, got {type(y).__name__}"
                 )
             y = {label: y}
+        if reserved := {"hidden_states", "timestep"} & {*(y or {})}:
+            raise ValueError(f"y names {', '.join(sorted(reserved))}, which are the state and the time: leave them out of y")
         return model(**{"hidden_states": x, "timestep": time, **always, **(y or {})})
 
     return call

@@ -49,7 +49,8 @@ def guide(weak: Tensor, strong: Tensor, scale: float | Tensor, *, rescale: float
         strong: (B, *).
         scale: w, one for all or one for each sample (B,); 1 gives `strong`.
         rescale: 0 leaves the result as it is, 1 gives each sample the standard deviation of `strong`, against
-            overexposure at high scales (arXiv 2305.08891, equations 14 to 16).
+            overexposure at high scales (arXiv 2305.08891, equations 14 to 16). It is that of what is guided: of the
+            velocity, with a `Velocity`, where pipelines of noise models take the noise's.
 
     Examples:
         >>> guide(torch.tensor(1.0), torch.tensor(2.0), 3.0)
@@ -198,12 +199,19 @@ class SparseGuidance:
 
 
 def unwrapped(model: Any) -> Any:
-    """The model inside DistributedDataParallel or `torch.compile`, or the model itself."""
-    while (
-        isinstance(model, nn.Module) and (inner := getattr(model, "_orig_mod", getattr(model, "module", None))) is not None
-    ):
-        model = inner
+    """The model inside DistributedDataParallel, `torch.compile` and the like, or the model itself."""
+    while isinstance(model, nn.Module):
+        if (inner := model._modules.get("_orig_mod")) is None and not {*map(_name, type(model).__mro__)} & _PASSING_ON:
+            break
+        model = model._modules["module"] if inner is None else inner
     return model
+
+
+_PASSING_ON = {"DistributedDataParallel", "DataParallel", "FullyShardedDataParallel", "AveragedModel", "CapturedModel"}
+
+
+def _name(kind: type) -> str:
+    return kind.__name__
 
 
 def _scale_at(scale: Scale, interval: tuple[float, float], t: float) -> float | Tensor | None:

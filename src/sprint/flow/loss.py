@@ -21,6 +21,8 @@ from sprint.middle.drop import Drop
 from sprint.middle.tokens import TokenSubset
 from sprint.random import Device, normal, uniform
 
+NEAREST = 1e-6  # that a drawn time comes to either end
+
 
 class Time(Protocol):
     """What a time distribution is: anything that draws t (B,) in [0, 1]."""
@@ -197,8 +199,13 @@ class FlowMatchingLoss:
         between = interpolant_of(host, self.interpolant)
         if t is None:
             t = self.time(len(x0), between, device=x0.device, generator=generator)
+            t = t.clamp(NEAREST, 1 - NEAREST)  # at the ends some losses are infinite
         elif t.shape != x0.shape[:1]:
             raise ValueError(f"t must be ({len(x0)},), one time per sample, got {tuple(t.shape)}")
+        elif t.device.type == "cpu" and not torch.compiler.is_compiling() and not ((t >= 0) & (t <= 1)).all():
+            raise ValueError(
+                f"t holds times from {t.min():g} to {t.max():g}, expected 0 (data) to 1 (noise): divide steps by their count"
+            )
         if noise is None:
             noise = normal(x0.shape, device=x0.device, dtype=x0.dtype, generator=generator)
         elif noise.shape != x0.shape:

@@ -12,7 +12,7 @@ from itertools import pairwise
 from typing import Any, NamedTuple, Protocol
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from sprint.flow.guidance import Guidance, predict, unwrapped
 from sprint.flow.interpolants import Interpolant, Prediction
@@ -186,10 +186,14 @@ def trajectory(
     between = interpolant_of(host, interpolant)
 
     def velocity(x: Tensor, t: float) -> Tensor:
+        if predicts == "noise" and between.alpha(torch.tensor(t, dtype=torch.float64)) < 1e-6:
+            t = 1 - LAST_NOISE_TIME  # where the data's weight is 0, a noise prediction says nothing
         seen = x.to(noise.dtype)
         output = predict(model, seen, t, y) if guidance is None else guidance(model, seen, t, y)
         return between.to_velocity(output.to(x.dtype), x, torch.tensor(t, dtype=torch.float64), kind=prediction)
 
+    within = [module for module in host.modules() if isinstance(module, Velocity)] if isinstance(host, nn.Module) else []
+    predicts = within[0].prediction if len(within) == 1 else prediction
     x = noise.detach().to(state_dtype)
     if is_scheduler(solver):
         if times is not None:
@@ -197,7 +201,8 @@ def trajectory(
         schedule = Scheduled(solver, between, steps=steps, device=x.device, tokens=_tokens(host, x))
         return _integrate(schedule.step(velocity, generator), x * schedule.scale, schedule.times, progress=progress)
     method = SOLVERS[solver] if isinstance(solver, str) else solver
-    predicts = host.prediction if isinstance(host, Velocity) else prediction
+    if isinstance(method, type) or not (hasattr(method, "times") and hasattr(method, "step")):
+        raise TypeError(f"solver must be one of {', '.join(SOLVERS)}, a scheduler of diffusers or a Solver, got {solver!r}")
     grid = _grid(method.times(steps) if times is None else times, predicts, given=times is not None)
 
     def step(x: Tensor, t: float, t_next: float) -> Tensor:

@@ -17,7 +17,7 @@ Field = Callable[[Tensor, float], Tensor]
 
 def is_scheduler(solver: Any) -> bool:
     """Whether it has the interface of diffusers' schedulers."""
-    return all(hasattr(solver, name) for name in ("set_timesteps", "step", "config"))
+    return not isinstance(solver, type) and all(hasattr(solver, name) for name in ("set_timesteps", "step", "config"))
 
 
 class Scheduled:
@@ -80,10 +80,37 @@ def _listed(generator: Generators) -> Any:
 
 
 def _kind(scheduler: Any) -> str:
-    """What its `step` takes: "flow", "epsilon", "sample" or "v_prediction"."""
-    config = scheduler.config
-    kind = config.get("prediction_type")
-    return "flow" if kind in (None, "flow_prediction") or config.get("use_flow_sigmas") else str(kind)
+    """What its `step` takes: "flow", "epsilon", "sample" or "v_prediction".
+
+    Raises:
+        ValueError: its options contradict each other, or it is of no kind that is known here.
+    """
+    name, config = type(scheduler).__name__, scheduler.config
+    kind, flows = config.get("prediction_type"), bool(config.get("use_flow_sigmas"))
+    if flows != (kind == "flow_prediction"):
+        raise ValueError(
+            f"{name} has prediction_type={kind!r} and use_flow_sigmas={flows}: a model of velocities needs "
+            "prediction_type='flow_prediction' with use_flow_sigmas=True, any other one neither"
+        )
+    other = [key for key in ("use_karras_sigmas", "use_exponential_sigmas", "use_beta_sigmas") if config.get(key)]
+    if flows and other:
+        raise ValueError(f"{name} has use_flow_sigmas and {other[0]}, of which it takes one: leave {other[0]} out")
+    for key, fits in (("invert_sigmas", False), ("timestep_type", "discrete")):
+        if config.get(key, fits) != fits:
+            raise ValueError(f"{name} has {key}={config[key]!r}, which is not known here: {key}={fits!r}")
+    if str(config.get("variance_type")).startswith("learned"):
+        raise ValueError(
+            f"{name} has variance_type={config['variance_type']!r}, and a velocity holds no variance: make it with "
+            "variance_type='fixed_small'"
+        )
+    if flows or name in _FLOWS:
+        return "flow"
+    if kind not in ("epsilon", "sample", "v_prediction"):
+        raise ValueError(f"{name} takes {'what it does not say' if kind is None else repr(kind)}: it is not known here")
+    return str(kind)
+
+
+_FLOWS = ("FlowMatchEulerDiscreteScheduler", "FlowMatchHeunDiscreteScheduler")
 
 
 def _check(scheduler: Any, interpolant: Interpolant, kind: str) -> None:
@@ -95,8 +122,8 @@ def _check(scheduler: Any, interpolant: Interpolant, kind: str) -> None:
                 "its noise schedule, such as DDIMScheduler for ddpm, or solver='heun'"
             )
         return
-    if kind not in ("epsilon", "sample", "v_prediction") or not hasattr(scheduler, "alphas_cumprod"):
-        raise ValueError(f"{name} takes {kind!r}, which no velocity gives: use a scheduler of another prediction_type")
+    if not hasattr(scheduler, "alphas_cumprod"):
+        raise ValueError(f"{name} has no noise schedule of DDPM's kind (alphas_cumprod): it is not known here")
     share = scheduler.alphas_cumprod.double().cpu()
     t = torch.arange(1, len(share) + 1, dtype=torch.float64) / len(share)
     if (interpolant.alpha(t).square() - share).abs().max() > 1e-4:
@@ -113,6 +140,10 @@ def _settings(scheduler: Any, steps: int, tokens: int | None) -> dict[str, Any]:
     takes, config = inspect.signature(scheduler.set_timesteps).parameters, scheduler.config
     if "sigmas" in takes and config.get("prediction_type") is None:
         settings["sigmas"] = np.linspace(1, 1 / steps, steps)
+    if config.get("use_dynamic_shifting") and "max_shift" not in config:
+        raise ValueError(
+            f"{type(scheduler).__name__} has use_dynamic_shifting, and no max_shift to shift by: give flow_shift instead"
+        )
     if config.get("use_dynamic_shifting") and "mu" in takes:
         if tokens is None:
             raise ValueError(

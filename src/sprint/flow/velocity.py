@@ -5,6 +5,7 @@ Models differ in what they predict, in how their time runs and is counted, in th
 return. Those that are known are listed in `sprint.flow.conventions`.
 """
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -12,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from sprint.flow.conventions import CONVENTIONS, Convention, known, prediction_in
+from sprint.flow.guidance import unwrapped
 from sprint.flow.interpolants import Interpolant, Prediction, check_prediction, get_interpolant
 
 
@@ -68,7 +70,8 @@ class Velocity(nn.Module):
             raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
         if hasattr(model, "token_grid") or isinstance(model, Velocity):
             raise ValueError(f"{type(model).__name__} is called as model(x, t, y) already: use it without Velocity")
-        convention = _convention(model, like, prediction, interpolant)
+        convention = _convention(_held(model), like, prediction, interpolant)
+        _check_options(time, reverse, channels, call, null)
         self.model = model
         given = {"like": like, "prediction": prediction, "interpolant": interpolant, "time": time, "reverse": reverse}
         given |= {"channels": channels, "call": call, "null": null}
@@ -78,9 +81,9 @@ class Velocity(nn.Module):
         self.interpolant = get_interpolant(interpolant or convention.interpolant)
         self.time = convention.time if time is None else time
         self.reverse = convention.reverse if reverse is None else reverse
-        self.channels = convention.channels(model) if channels is None and convention.channels else channels
+        self.channels = convention.channels(_held(model)) if channels is None and convention.channels else channels
         self.call, self.null, self._convention = call or convention.call, null or convention.null, convention
-        self.train(model.training)
+        self.training = model.training
 
     def extra_repr(self) -> str:
         """What it predicts, and when."""
@@ -108,8 +111,12 @@ class Velocity(nn.Module):
         output = prediction_in(output, self.model)[:, : self.channels]
         if output.shape != x.shape:
             raise ValueError(
-                f"{type(self.model).__name__} returned {tuple(output.shape)} for x {tuple(x.shape)}: for a model that "
-                f"returns a variance too, Velocity(model, channels={x.shape[1]})"
+                f"{type(self.model).__name__} returned {tuple(output.shape)} for x {tuple(x.shape)}"
+                + (
+                    ""
+                    if self.channels
+                    else f": for a model that returns a variance too, Velocity(model, channels={x.shape[1]})"
+                )
             )
         if self.prediction == "v":
             return -output if self.reverse else output
@@ -127,7 +134,7 @@ class Velocity(nn.Module):
                 f"{type(self.model).__name__} has no null condition of its own: pass null=… to the guidance, such as the "
                 "embedding of an empty prompt; of a dictionary of conditions, only those that differ"
             )
-        return self.null(self.model, batch)
+        return self.null(_held(self.model), batch)
 
     def options(self) -> dict[str, Any]:
         """The options that it was made with, as a file can hold them: `Velocity(model, **options)` makes the same again.
@@ -145,12 +152,31 @@ class Velocity(nn.Module):
 
     def num_tokens(self, x: Tensor) -> int:
         """How many tokens the model makes of x, by which schedules are shifted."""
-        return self._convention.tokens(self.model, x)
+        return self._convention.tokens(_held(self.model), x)
 
     @property
     def in_channels(self) -> int:
         """Channels of x."""
-        return self._convention.in_channels(self.model)
+        return self._convention.in_channels(_held(self.model))
+
+
+def _held(model: Any) -> Any:
+    """The model that others hold: DistributedDataParallel, `torch.compile`, a PeftModel."""
+    model = unwrapped(model)
+    return model.get_base_model() if type(model).__module__.startswith("peft.") else model
+
+
+def _check_options(time: Any, reverse: Any, channels: Any, call: Any, null: Any) -> None:
+    number = isinstance(time, int | float) and not isinstance(time, bool)
+    if time is not None and not callable(time) and not (number and 0 < time < math.inf):
+        raise ValueError(f"time must be a positive factor, such as 1000, or a function of t, got {time!r}")
+    if not isinstance(reverse, bool | None):
+        raise TypeError(f"reverse must be True or False, got {reverse!r}")
+    if channels is not None and (isinstance(channels, bool) or not isinstance(channels, int) or channels < 1):
+        raise ValueError(f"channels must be a whole number, at least 1, got {channels!r}")
+    for name, function in (("call", call), ("null", null)):
+        if function is not None and not callable(function):
+            raise TypeError(f"{name} must be a function, got {type(function).__name__}")
 
 
 def _convention(model: Any, like: str | None, prediction: str | None, interpolant: Any) -> Convention:
@@ -175,6 +201,7 @@ def _convention(model: Any, like: str | None, prediction: str | None, interpolan
 
 def refuse_unadapted(model: Any) -> None:
     """Raise ValueError for a model that is known to be called in another way than `model(x, t, y)`."""
+    model = _held(getattr(model, "__self__", model))
     if isinstance(model, nn.Module) and type(model).__module__.startswith("diffusers."):
         options = "model" if known(model) else "model, prediction=…"
         raise ValueError(
@@ -189,17 +216,19 @@ def interpolant_of(model: Any, given: str | Interpolant | None) -> Interpolant:
     Raises:
         ValueError: they contradict each other, or the name is unknown.
     """
-    if not isinstance(model, Velocity):
+    within = [module for module in model.modules() if isinstance(module, Velocity)] if isinstance(model, nn.Module) else []
+    if len(within) != 1:
         trained = getattr(getattr(model, "recipe", None), "interpolant", None)
-        if None not in (given, trained) and repr(get_interpolant(given)) != repr(get_interpolant(trained)):
+        if given is not None and trained is not None and repr(get_interpolant(given)) != repr(get_interpolant(trained)):
             raise ValueError(f"interpolant={given!r}, but this model was trained with {trained!r}: leave interpolant out")
         return get_interpolant(given or trained or "linear")
-    if given is not None and repr(get_interpolant(given)) != repr(model.interpolant):
+    (velocity,) = within
+    if given is not None and repr(get_interpolant(given)) != repr(velocity.interpolant):
         raise ValueError(
-            f"interpolant={given!r}, but this Velocity is on the {model.interpolant}: leave interpolant out, or make the "
+            f"interpolant={given!r}, but this Velocity is on the {velocity.interpolant}: leave interpolant out, or make the "
             "Velocity with it"
         )
-    return model.interpolant
+    return velocity.interpolant
 
 
 def check_predicts(prediction: Prediction, model: Any) -> None:

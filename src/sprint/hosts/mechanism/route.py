@@ -166,8 +166,11 @@ class Route:
         drops = self.path == "sparse" or (self.state.training and self.state.path_drop > 0)
         if not drops or (self.state.declared and torch.compiler.is_compiling()):
             return  # before sizes are looked at, each of which would be a graph of its own
-        batches = {len(x) for x in self.arguments.values() if isinstance(x, Tensor) and x.ndim > 1}
-        if not batches or len(tokens) in batches or (self.state.declared and tokens.shape[1] not in batches):
+        sizes = [len(x) for x in self.arguments.values() if isinstance(x, Tensor) and x.ndim > 1]
+        if not sizes or any(size == len(tokens) for size in sizes):  # no set, which would make each size a graph of its own
+            return
+        batches = {*sizes}
+        if self.state.declared and tokens.shape[1] not in batches:
             return
         raise ValueError(
             f"blocks {place.blocks.name!r} got tokens of the shape {tuple(tokens.shape)} for a batch of "
