@@ -219,7 +219,7 @@ def draw(source: Path, target: Path) -> None:
         figure.savefig(target, transparent=True, metadata={"Date": None})
 
 
-DRAWN = ("sparse 0.75", "ramp to 0.75", "fusion first", "routing 0.75", "routing, ramp")
+DRAWN = ("sparse 0.75", "ramp to 0.75", "fusion first", "fill 0.75", "fill, ramp", "routing 0.75")
 
 
 def main() -> None:

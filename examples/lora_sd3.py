@@ -36,7 +36,8 @@ def base() -> Any:
 model = base()
 model.requires_grad_(False)
 model.add_adapter(LoraConfig(r=8, target_modules=["to_q", "to_k", "to_v"]))
-sprint.wrap(model, encoder_depth=2, decoder_depth=2, drop=sprint.StructuredDrop(0.75), path_drop=0.0)
+options: Any = {"encoder_depth": 2, "decoder_depth": 2, "drop": sprint.StructuredDrop(0.75), "fill": "shallow"}
+sprint.wrap(model, path_drop=0.0, **options)
 
 learned = [parameter for parameter in model.parameters() if parameter.requires_grad]
 print(f"{sum(p.numel() for p in learned):,} of {sum(p.numel() for p in model.parameters()):,} parameters learn")
@@ -59,7 +60,7 @@ StableDiffusion3Pipeline.save_lora_weights(folder, transformer_lora_layers=adapt
 save_file(model.sprint.state_dict(), folder / "fusion.safetensors")
 print(f"saved: {', '.join(sorted(file.name for file in folder.iterdir()))}")
 
-again = sprint.wrap(base(), encoder_depth=2, decoder_depth=2, drop=sprint.StructuredDrop(0.75))
+again = sprint.wrap(base(), **options)
 again.sprint.load_state_dict(load_file(folder / "fusion.safetensors"))
 unused: Any = dict.fromkeys(
     ("vae", "text_encoder", "text_encoder_2", "text_encoder_3", "tokenizer", "tokenizer_2", "tokenizer_3")

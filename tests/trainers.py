@@ -226,7 +226,7 @@ def sample(name: str, folder: Path, out: Path) -> None:
 
     pipe = DiffusionPipeline.from_pretrained(folder / name)
     pipe.load_lora_weights(str(out), weight_name="pytorch_lora_weights.safetensors")
-    sprint.wrap(pipe.transformer).sprint.load_state_dict(load_file(out / "fusion.safetensors"))
+    sprint.wrap(pipe.transformer, fill="shallow").sprint.load_state_dict(load_file(out / "fusion.safetensors"))
     pipe.set_progress_bar_config(disable=True)
     options = {"height": SIDE, "width": SIDE, "num_inference_steps": 2, "output_type": "pt"}
     with_fusion = pipe("a disc", generator=torch.Generator().manual_seed(0), **options).images
