@@ -1,8 +1,8 @@
 """A YAML file of train.py's options, checked whole before anything else happens.
 
 Sections (`model:`, `training:`, ...) may group options; they change nothing. `ALIASES` lists names of other projects that
-are understood, and whole files of the SPRINT reference are read by reference.py. Unknown options are errors, and so are
-options without effect: `representation_depth` while `representation_align` is not mentioned, say. Next to an explicit
+are understood, and whole files of the SPRINT reference are read by reference_config.py. Unknown options are errors, and so
+are options without effect: `representation_depth` while `representation_align` is not mentioned, say. Next to an explicit
 `representation_align: false` it is understood as parked.
 """
 
@@ -14,7 +14,7 @@ import typing
 from pathlib import Path
 from typing import Any, Literal
 
-import reference
+import reference_config
 import yaml
 from config import Config, Finetune, check
 
@@ -70,9 +70,9 @@ def read(path: Path, changes: list[str] | None = None) -> Config:
     """
     found = content(path)
     try:
-        if reference.is_sampling(found):
+        if reference_config.is_sampling(found):
             raise ValueError("this is a file for sampling: give it to sample.py")
-        return build(reference.training(found) if reference.is_training(found) else found, changes or [])
+        return build(reference_config.training(found) if reference_config.is_training(found) else found, changes or [])
     except (ValueError, TypeError) as error:
         raise SystemExit(f"{path}: {error}") from error
 

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import reference
+import reference_config
 import torch
 from accelerate import PartialState
 from errors import plain_errors
@@ -79,10 +79,10 @@ def parse() -> argparse.Namespace:
 def configured(path: Path, parser: argparse.ArgumentParser) -> None:
     """Take defaults from a file."""
     found = content(path)
-    if not reference.is_sampling(found):
+    if not reference_config.is_sampling(found):
         raise SystemExit(f"{path} is no sampling file of the SPRINT reference: give it to train.py")
     with plain_errors(str(path)):
-        options = reference.sampling(found)
+        options = reference_config.sampling(found)
         for action in parser._actions:
             if action.dest in options and callable(action.type) and action.nargs is None:
                 options[action.dest] = action.type(options[action.dest])

@@ -13,7 +13,7 @@ from models import tiny
 from sprint.data.latents import write_index, write_shard
 
 sys.path.insert(0, str(small.SCRIPTS))
-reading, reference = pytest.importorskip("reading"), pytest.importorskip("reference")
+reading, reference = pytest.importorskip("reading"), pytest.importorskip("reference_config")
 
 TRAIN_256 = {
     "logging": {"output_dir": "exps", "project_name": "p", "exp_name": "e", "logging_dir": "logs", "report_to": "wandb"},

@@ -369,7 +369,6 @@ def test_a_grid_of_samples_while_training(latents, tmp_path):
         ({"in_channels": 16}, "in_channels=16, but the latents in .* have 4"),
         ({"num_classes": 2}, "has class 2, but num_classes=2"),
         ({"batch_size": 7}, "a batch of 7 images does not split into 1 processes of 2 calls"),
-        ({"mask_ratio": 0.7}, "cannot drop|reach|0.7"),
         (
             {"representation_align": True, "representation_depth": 3},
             "holds no teacher's features: prepare it with --teacher",

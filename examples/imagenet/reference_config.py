@@ -231,7 +231,7 @@ def _translated(content: Mapping[str, Any], table: dict[str, str | Rule | Unused
             near = difflib.get_close_matches(key, table, n=3)
             raise ValueError(
                 f"unknown option {key!r} in a configuration of the reference's names: "
-                + (f"did you mean {' or '.join(near)}?" if near else "it is in no table of reference.py")
+                + (f"did you mean {' or '.join(near)}?" if near else "it is in no table of reference_config.py")
             )
         if isinstance(entry, Unused):
             unused[key] = entry
