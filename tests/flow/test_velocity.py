@@ -266,6 +266,14 @@ def test_times_that_a_loss_draws_are_inside():
             assert FlowMatchingLoss(time=Ends(), error=error)(velocity, X.double()).loss.isfinite()
     with pytest.raises(ValueError, match="t holds times from 300 to 700, expected 0 .* divide steps by their count"):
         FlowMatchingLoss()(Velocity(hosts.DiT(), prediction="v"), X, t=torch.tensor([300.0, 700.0]))
+    for time, message in (
+        (lambda batch, interpolant, **_: torch.randint(2, 1000, (batch,)).float(), "expected 0 .* divide steps"),
+        (lambda batch, interpolant, **_: torch.rand(1), r"t must be \(2,\), one time per sample, got \(1,\)"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            FlowMatchingLoss(time=time)(hosts.DiT(), X)
+    with pytest.raises(ValueError, match="times must decrease"):
+        sprint.sample(noisy(), X, times=[1.0, float("nan"), 0.0])
     for solver in (3, None, sprint.Heun):
         with pytest.raises(TypeError, match="solver must be one of euler, heun, sde, a scheduler of diffusers or a Solver"):
             sprint.sample(noisy(), X, solver=solver)

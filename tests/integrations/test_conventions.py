@@ -251,6 +251,14 @@ def test_models_that_others_hold_are_known_and_refused_alike():
         (diffusers.DPMSolverMultistepScheduler(use_flow_sigmas=True), "prediction_type='epsilon' and use_flow_sigmas=True"),
         (diffusers.UniPCMultistepScheduler(prediction_type="flow_prediction"), "and use_flow_sigmas=False"),
         (diffusers.FlowMatchEulerDiscreteScheduler(invert_sigmas=True), "has invert_sigmas=True, which is not known here"),
+        (diffusers.DDIMInverseScheduler(**DDPM), "goes from data to noise, and samplers here the other way"),
+        (diffusers.EulerDiscreteScheduler(**DDPM, interpolation_type="log_linear"), "has interpolation_type='log_linear'"),
+        (
+            diffusers.DPMSolverMultistepScheduler(
+                use_flow_sigmas=True, prediction_type="flow_prediction", use_lu_lambdas=True
+            ),
+            "has use_flow_sigmas and use_lu_lambdas",
+        ),
         (diffusers.IPNDMScheduler(), "IPNDMScheduler takes what it does not say: it is not known here"),
         (diffusers.DDPMScheduler(**DDPM, variance_type="learned_range"), "a velocity holds no variance: make it with"),
         (
@@ -258,7 +266,7 @@ def test_models_that_others_hold_are_known_and_refused_alike():
             "has timestep_type='continuous', which is not known here",
         ),
     ],
-    ids=range(6),
+    ids=range(9),
 )
 def test_schedulers_that_are_refused(scheduler, message):
     model, x, y, _ = host("dit")
@@ -300,3 +308,15 @@ def test_a_vae_with_statistics_per_channel_decodes():
     with torch.no_grad():
         decoded = vae.decode(latents * std / vae.config.scaling_factor + mean).sample
     torch.testing.assert_close(images, (decoded / 2 + 0.5).clamp(0, 1), rtol=1e-4, atol=1e-4)
+
+
+def test_a_model_without_a_patch_size_takes_schedulers_that_do_not_shift():
+    class Plain(torch.nn.Module):
+        def forward(self, x, t):
+            return x * 0.5
+
+    velocity = Velocity(Plain().eval(), prediction="v")
+    x = torch.randn(2, 4, 8, 8)
+    assert sprint.sample(velocity, x, solver=diffusers.FlowMatchEulerDiscreteScheduler(), steps=2).isfinite().all()
+    with pytest.raises(ValueError, match="Plain tells no patch_size"):
+        sprint.sample(velocity, x, solver=diffusers.FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True))

@@ -199,13 +199,10 @@ class FlowMatchingLoss:
         between = interpolant_of(host, self.interpolant)
         if t is None:
             t = self.time(len(x0), between, device=x0.device, generator=generator)
+            _check_times(t, len(x0))
             t = t.clamp(NEAREST, 1 - NEAREST)  # at the ends some losses are infinite
-        elif t.shape != x0.shape[:1]:
-            raise ValueError(f"t must be ({len(x0)},), one time per sample, got {tuple(t.shape)}")
-        elif t.device.type == "cpu" and not torch.compiler.is_compiling() and not ((t >= 0) & (t <= 1)).all():
-            raise ValueError(
-                f"t holds times from {t.min():g} to {t.max():g}, expected 0 (data) to 1 (noise): divide steps by their count"
-            )
+        else:
+            _check_times(t, len(x0))
         if noise is None:
             noise = normal(x0.shape, device=x0.device, dtype=x0.dtype, generator=generator)
         elif noise.shape != x0.shape:
@@ -241,6 +238,15 @@ class FlowMatchingLoss:
             repa = repa_loss(output.repa, seen)
             loss = loss + self.repa_weight * repa
         return LossOutput(loss, error.detach(), t, None if repa is None else repa.detach(), subset)
+
+
+def _check_times(t: Tensor, batch: int) -> None:
+    if t.shape != (batch,):
+        raise ValueError(f"t must be ({batch},), one time per sample, got {tuple(t.shape)}")
+    if t.device.type == "cpu" and not torch.compiler.is_compiling() and not ((t >= 0) & (t <= 1)).all():
+        raise ValueError(
+            f"t holds times from {t.min():g} to {t.max():g}, expected 0 (data) to 1 (noise): divide steps by their count"
+        )
 
 
 def _wrapped(model: Any) -> Any:

@@ -198,7 +198,7 @@ def trajectory(
     if is_scheduler(solver):
         if times is not None:
             raise ValueError(f"times were given, but {type(solver).__name__} has a schedule of its own: leave them out")
-        schedule = Scheduled(solver, between, steps=steps, device=x.device, tokens=_tokens(host, x))
+        schedule = Scheduled(solver, between, steps=steps, device=x.device, tokens=lambda: _tokens(host, x))
         return _integrate(schedule.step(velocity, generator), x * schedule.scale, schedule.times, progress=progress)
     method = SOLVERS[solver] if isinstance(solver, str) else solver
     if isinstance(method, type) or not (hasattr(method, "times") and hasattr(method, "step")):
@@ -295,7 +295,7 @@ def _integrate(
 
 def _grid(times: Sequence[float], prediction: Prediction, *, given: bool) -> list[float]:
     grid = [float(t) for t in times]
-    if len(grid) < 2 or grid[0] > 1 or grid[-1] < 0 or any(a <= b for a, b in pairwise(grid)):
+    if len(grid) < 2 or grid[0] > 1 or grid[-1] < 0 or not all(a > b for a, b in pairwise(grid)):
         raise ValueError(f"times must decrease, from at most 1 (noise) to at least 0 (data), and be 2 or more, got {grid}")
     if prediction == "noise" and not given:
         grid[0] = 1 - LAST_NOISE_TIME

@@ -29,14 +29,14 @@ class Scheduled:
         interpolant: of the model.
         steps: at least 1.
         device: of the state.
-        tokens: how many the model makes, for schedulers with `use_dynamic_shifting`.
+        tokens: tells how many the model makes, for schedulers with `use_dynamic_shifting`.
 
     Raises:
         ValueError: the scheduler is not of this interpolant, or shifts by a number of tokens that is unknown.
     """
 
     def __init__(
-        self, scheduler: Any, interpolant: Interpolant, *, steps: int, device: torch.device, tokens: int | None
+        self, scheduler: Any, interpolant: Interpolant, *, steps: int, device: torch.device, tokens: Callable[[], int | None]
     ) -> None:
         self.scheduler, self.interpolant = scheduler, interpolant
         self.kind = _kind(scheduler)
@@ -92,10 +92,16 @@ def _kind(scheduler: Any) -> str:
             f"{name} has prediction_type={kind!r} and use_flow_sigmas={flows}: a model of velocities needs "
             "prediction_type='flow_prediction' with use_flow_sigmas=True, any other one neither"
         )
-    other = [key for key in ("use_karras_sigmas", "use_exponential_sigmas", "use_beta_sigmas") if config.get(key)]
+    other = [
+        key
+        for key in ("use_karras_sigmas", "use_exponential_sigmas", "use_beta_sigmas", "use_lu_lambdas")
+        if config.get(key)
+    ]
     if flows and other:
         raise ValueError(f"{name} has use_flow_sigmas and {other[0]}, of which it takes one: leave {other[0]} out")
-    for key, fits in (("invert_sigmas", False), ("timestep_type", "discrete")):
+    if "Inverse" in name:
+        raise ValueError(f"{name} goes from data to noise, and samplers here the other way: use its counterpart")
+    for key, fits in (("invert_sigmas", False), ("timestep_type", "discrete"), ("interpolation_type", "linear")):
         if config.get(key, fits) != fits:
             raise ValueError(f"{name} has {key}={config[key]!r}, which is not known here: {key}={fits!r}")
     if str(config.get("variance_type")).startswith("learned"):
@@ -134,7 +140,7 @@ def _check(scheduler: Any, interpolant: Interpolant, kind: str) -> None:
         )
 
 
-def _settings(scheduler: Any, steps: int, tokens: int | None) -> dict[str, Any]:
+def _settings(scheduler: Any, steps: int, count: Callable[[], int | None]) -> dict[str, Any]:
     """Arguments of `set_timesteps`: a uniform grid where one can be given, and the shift."""
     settings: dict[str, Any] = {"num_inference_steps": steps}
     takes, config = inspect.signature(scheduler.set_timesteps).parameters, scheduler.config
@@ -145,7 +151,7 @@ def _settings(scheduler: Any, steps: int, tokens: int | None) -> dict[str, Any]:
             f"{type(scheduler).__name__} has use_dynamic_shifting, and no max_shift to shift by: give flow_shift instead"
         )
     if config.get("use_dynamic_shifting") and "mu" in takes:
-        if tokens is None:
+        if (tokens := count()) is None:
             raise ValueError(
                 f"{type(scheduler).__name__} shifts its times by the number of tokens, which this model does not tell: pass "
                 "sprint.Velocity(model), or turn use_dynamic_shifting off"
