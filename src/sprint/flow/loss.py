@@ -200,7 +200,7 @@ class FlowMatchingLoss:
         if t is None:
             t = self.time(len(x0), between, device=x0.device, generator=generator)
             _check_times(t, len(x0), values=False)  # a captured step may read none
-            t = t.clamp(NEAREST, 1 - NEAREST)  # at the ends some losses are infinite
+            t = t + NEAREST * (t == 0) - NEAREST * (t == 1)  # at the ends some losses are infinite
         else:
             _check_times(t, len(x0))
         if noise is None:

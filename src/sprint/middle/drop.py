@@ -11,16 +11,14 @@ follow from the grid and the ratio alone: drawing never waits for the device and
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import product
+from functools import partial
 from typing import Protocol
 
 import torch
-from torch import Tensor
 
+from sprint.middle.groups import groups_of, same_in_each, same_share_in_each, times
 from sprint.middle.tokens import TokenSubset
 from sprint.random import Device, uniform
-
-MAX_GROUP_SIDE = 8  # the largest group side that StructuredDrop(ratio) tries
 
 
 class Drop(Protocol):
@@ -172,7 +170,7 @@ class StructuredDrop:
         if group is not None and keep is not None:
             _check_grid(group, name="group")
             if isinstance(keep, float) or not 1 <= keep <= math.prod(group):
-                raise ValueError(f"keep must be 1 to {math.prod(group)} for a group of {_times(group)}, got {keep}")
+                raise ValueError(f"keep must be 1 to {math.prod(group)} for a group of {times(group)}, got {keep}")
         _check_multiple(multiple_of)
         # Frozen: fields are set once, here, because the shape of the arguments is checked before they are stored.
         for name, value in (
@@ -198,17 +196,17 @@ class StructuredDrop:
         found = self._cells(grid)
         if found is None and self.group is not None:
             raise ValueError(
-                f"a grid of {_times(grid)} tokens is not divisible into groups of {_times(self.group)}: "
+                f"a grid of {times(grid)} tokens is not divisible into groups of {times(self.group)}: "
                 "choose a group whose sides divide the grid's, or give a ratio"
             )
         if found is None:
-            sizes = {math.prod(group) for group in _groups(grid)}
+            sizes = {math.prod(group) for group in groups_of(grid)}
             reachable = {1 - k / size for size in sizes for k in range(1, size + 1)}
             raise ValueError(_unreachable(1 - self._share, grid, reachable))
         group, kept = found
         if (total := math.prod(grid) // math.prod(group) * kept) % self.multiple_of:
             raise ValueError(
-                f"{kept} of {_times(group)} on a grid of {_times(grid)} are {total} tokens, no multiple of "
+                f"{kept} of {times(group)} on a grid of {times(grid)} are {total} tokens, no multiple of "
                 f"{self.multiple_of}: leave multiple_of out"
             )
         return group, kept
@@ -239,10 +237,11 @@ class StructuredDrop:
         """
         kept, num_tokens = self.num_kept(grid), math.prod(grid)
         found, rows = self._cells(grid), 1 if self.shared else batch
+        draw = partial(uniform, device=device, generator=generator)
         if found is not None and num_tokens // math.prod(found[0]) * found[1] == kept:
-            keep = _same_in_each(*found, grid, rows=rows, device=device, generator=generator)
+            keep = same_in_each(*found, grid, rows=rows, draw=draw)
         else:
-            keep = _same_share_in_each(self._ragged(grid), kept, grid, rows=rows, device=device, generator=generator)
+            keep = same_share_in_each(self._ragged(grid), kept, grid, rows=rows, draw=draw)
         return TokenSubset(keep.sort(dim=1).values.expand(batch, -1), num_tokens)
 
     @property
@@ -259,7 +258,7 @@ class StructuredDrop:
             divides = not any(side % n for side, n in zip(grid, self.group, strict=True))
             return (self.group, self.keep) if divides else None
         assert self.ratio is not None
-        for group in _groups(grid):
+        for group in groups_of(grid):
             kept = _kept(self.ratio, math.prod(group))
             if kept is not None:
                 return group, kept
@@ -269,66 +268,15 @@ class StructuredDrop:
         """The group for a grid that it does not divide: the smallest that keeps a token on average."""
         if self.group is not None:
             return self.group
-        groups = _groups(grid, divide=False)
+        groups = groups_of(grid, divide=False)
         return next((group for group in groups if math.prod(group) * self._share > 1 - 1e-6), groups[-1])
 
     def _check_axes(self, grid: Sequence[int]) -> None:
         _check_grid(grid)
         if self.group is not None and len(self.group) != len(grid):
             raise ValueError(
-                f"a grid of {_times(grid)} tokens is not divisible into groups of {_times(self.group)}: "
-                "give one side per axis"
+                f"a grid of {times(grid)} tokens is not divisible into groups of {times(self.group)}: give one side per axis"
             )
-
-
-def _same_in_each(
-    group: tuple[int, ...],
-    kept: int,
-    grid: Sequence[int],
-    *,
-    rows: int,
-    device: Device,
-    generator: torch.Generator | None,
-) -> Tensor:
-    """`kept` tokens of every group, (rows, K), for groups that divide the grid."""
-    num_tokens, size, axes = math.prod(grid), math.prod(group), len(group)
-    split = [part for side, n in zip(grid, group, strict=True) for part in (side // n, n)]
-    order = (*range(0, 2 * axes, 2), *range(1, 2 * axes, 2))  # which group first, which member of it last
-    table = torch.arange(num_tokens, device=device).view(split).permute(order).reshape(-1, size)  # (groups, size)
-    scores = uniform((rows, num_tokens // size, size), device=device, generator=generator)
-    chosen = scores.topk(kept, dim=2).indices  # (rows, groups, kept)
-    return table.expand(rows, -1, -1).gather(2, chosen).flatten(1)
-
-
-def _same_share_in_each(
-    group: tuple[int, ...],
-    kept: int,
-    grid: Sequence[int],
-    *,
-    rows: int,
-    device: Device,
-    generator: torch.Generator | None,
-) -> Tensor:
-    """K tokens, (rows, K), each with probability K / N; a group of n tokens keeps n K / N of them, rounded down or up.
-
-    Systematic sampling: all tokens in a line, group after group and shuffled within each, of which every (N / K)-th is taken
-    from a random start on. Positions are whole numbers, (u + i N) // K for u in 0 … N − 1, so that none is rounded.
-    """
-    num_tokens = math.prod(grid)
-    place = torch.zeros(tuple(grid), dtype=torch.int64, device=device)
-    for axis, (side, n) in enumerate(zip(grid, group, strict=True)):
-        along = torch.arange(side, device=device) // n
-        place = place * -(-side // n) + along.view(-1, *[1] * (len(grid) - 1 - axis))
-    shuffled = uniform((rows, num_tokens), device=device, generator=generator).argsort(dim=1)
-    line = shuffled.gather(1, place.flatten()[shuffled].argsort(dim=1, stable=True))
-    start = (uniform((rows, 1), device=device, generator=generator) * num_tokens).long().clamp(max=num_tokens - 1)
-    return line.gather(1, (start + torch.arange(kept, device=device) * num_tokens) // kept)
-
-
-def _groups(grid: Sequence[int], *, divide: bool = True) -> list[tuple[int, ...]]:
-    """Groups that divide the grid, or only fit into it: equal sides first, then the smallest, then the most compact."""
-    sides = [[n for n in range(1, MAX_GROUP_SIDE + 1) if (length % n == 0 if divide else n <= length)] for length in grid]
-    return sorted(product(*sides), key=lambda group: (len(set(group)), math.prod(group), max(group), group))
 
 
 def _kept(ratio: float, size: int) -> int | None:
@@ -349,7 +297,7 @@ def _unreachable(ratio: float, grid: Sequence[int], reachable: set[float]) -> st
     below = max((r for r in reachable if r < ratio), default=None)
     above = min((r for r in reachable if r > ratio), default=None)
     neighbours = " and ".join(f"{r:.6g}" for r in (below, above) if r is not None)
-    return f"no group of a {_times(grid)} token grid drops a share of {ratio}: the nearest that can be reached: {neighbours}"
+    return f"no group of a {times(grid)} token grid drops a share of {ratio}: the nearest that can be reached: {neighbours}"
 
 
 def _written(drop: "RandomDrop | StructuredDrop") -> str:
@@ -376,7 +324,3 @@ def _check_grid(grid: Sequence[int], *, name: str = "grid") -> None:
         raise ValueError(
             f"{name} must be 1 to 3 positive whole sides, (rows, columns) or (frames, rows, columns), got {tuple(grid)}"
         )
-
-
-def _times(sides: Sequence[int]) -> str:
-    return "x".join(str(side) for side in sides)
