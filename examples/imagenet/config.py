@@ -3,6 +3,7 @@ scripts; the section `finetune:` of a file holds what differs in the second stag
 """
 
 import dataclasses
+import warnings
 from pathlib import Path
 from typing import Any, Literal
 
@@ -13,6 +14,7 @@ from sprint.training.schedule import Decay
 
 MaskType = Literal["random", "structured_with_random_offset"]
 Stages = Literal["pretrain", "finetune", "both"]
+Numbers = float | list[float] | None
 
 ENCODERS = {"dinov2-vit-b": DINOV2_B, "dinov2-vit-l": "vit_large_patch14_dinov2.lvd142m"}  # REPA's names, timm's names
 
@@ -31,45 +33,70 @@ class Finetune:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Config:
-    """A run."""
+    """A run; `train.py --help` shows these texts."""
 
     # Model
     model: str = "XL/2"
+    """size and patch size: S/2, B/2, L/2 or XL/2"""
     hidden_size: int | None = None
+    """instead of the size's own, as the four options below"""
     num_heads: int | None = None
     encoder_depth: int | None = None
+    """blocks before tokens are dropped"""
     middle_depth: int | None = None
+    """blocks that see the kept tokens"""
     decoder_depth: int | None = None
+    """blocks after the fusion"""
     patch_size: int = 2
     mlp_ratio: float = 4.0
-    in_channels: int | None = None  # of the latents, checked against the data
+    in_channels: int | None = None
+    """of the latents, checked against the data"""
     num_classes: int = 1000
     qk_norm: bool = True
+    """RMSNorm of queries and keys"""
     positions: Literal["rope", "sincos"] = "rope"
     time_scale: float = 1.0
+    """times are multiplied with it before they are embedded"""
     residual_type: Literal["both", "deep", "shallow"] = "both"
+    """what the fusion joins; deep and shallow are the paper's ablations"""
     class_dropout_prob: float = 0.1
+    """of the null condition in training"""
     path_drop_prob: float = 0.1
+    """of a sample without its middle blocks in training"""
     # Token dropping
     mask_ratio: float = 0.75
+    """share of the tokens dropped in the first stage"""
     mask_type: MaskType = "structured_with_random_offset"
     # Objective
     path_type: Literal["linear", "cosine", "ddpm"] = "linear"
+    """interpolant"""
     prediction: Literal["v", "x", "noise"] = "v"
     weighting: Literal["lognormal", "uniform"] = "lognormal"
+    """distribution of the training times"""
     representation_align: bool = False
-    representation_depth: int = 8  # as the reference counts: one more than the blocks that have run
+    """REPA"""
+    representation_depth: int = 8
+    """as the reference counts: one more than the blocks that have run"""
     representation_weight: float = 0.5
     representation_encoder: str = DINOV2_B
-    representation_weights: str | None = None  # file of the encoder, instead of timm's hub
+    """vision transformer of timm"""
+    representation_weights: str | None = None
+    """file of the encoder, instead of timm's hub"""
     # Data
     data_dir: str = "latents"
-    input_size: int | None = None  # side of the latents, checked against the data
-    latent_scale: float = 0.18215
+    """what prepare.py made, or REPA's preprocessing"""
+    input_size: int | None = None
+    """side of the latents, checked against the data"""
+    latent_scale: Numbers = None
+    """latents are (z - latent_shift) * latent_scale; by default what prepare.py kept of the VAE, else SD-VAE's 0.18215"""
+    latent_shift: Numbers = None
+    """one number or one per channel; by default what prepare.py kept of the VAE, else 0"""
     num_workers: int = 4
+    """processes that read latents, per GPU"""
     # Optimisation
     max_train_steps: int = 400_000
     batch_size: int = 256
+    """per update, over all processes"""
     learning_rate: float = 1e-4
     warmup_steps: int = 0
     lr_schedule: Decay = "constant"
@@ -79,26 +106,36 @@ class Config:
     adam_weight_decay: float = 0.0
     adam_epsilon: float = 1e-8
     max_grad_norm: float = 1.0
+    """gradients are clipped at it; inf for never"""
     ema_decay: float = 0.9999
+    ema_warmup: bool = False
+    """the decay is at most (1 + n) / (10 + n) after n updates, so that the average forgets the first weights early"""
     mixed_precision: Literal["bf16", "no"] = "bf16"
     allow_tf32: bool = True
     activation_checkpointing: bool = False
+    """less memory for a third more work"""
     parallel: Literal["ddp", "fsdp"] = "ddp"
     seed: int = 0
-    init_from: str | None = None  # weights to start from
+    init_from: str | None = None
+    """weights to start from"""
     # Output
     output_dir: str = "runs"
     exp_name: str = "sprint"
+    """the run's folder in output_dir"""
     checkpointing_steps: int = 10_000
     checkpoints_total_limit: int = 3
     logging_steps: int = 100
     report_to: Literal["tensorboard", "wandb", "none"] = "tensorboard"
-    sampling_steps: int = 0  # a grid of samples every so many steps; 0 for none
-    guidance_scale: float = 2.0  # of those samples, with Path-Drop Guidance
-    vae: str = "stabilityai/sd-vae-ft-mse"  # of the latents: it decodes samples
+    sampling_steps: int = 0
+    """a grid of samples every so many steps; 0 for none"""
+    guidance_scale: float = 2.0
+    """of those samples, with Path-Drop Guidance"""
+    vae: str | None = None
+    """of the latents, to decode samples: hub name, folder, or none for pixels; by default what prepare.py kept"""
 
     finetune: Finetune = Finetune()
     stages: Stages = "pretrain"
+    """which of the two run"""
 
     @property
     def folder(self) -> Path:
@@ -117,11 +154,12 @@ class Config:
         kind = sprint.RandomDrop if self.mask_type == "random" else sprint.StructuredDrop
         return kind(self.mask_ratio)
 
-    def recipe(self, side: int) -> sprint.models.Recipe:
+    def recipe(self, side: int, image_size: int | None) -> sprint.models.Recipe:
         """What sampling must know of the training."""
         return sprint.models.Recipe(
-            interpolant=self.path_type, time=self.weighting, latent_scale=self.latent_scale, vae=self.vae, latent_side=side
-        )
+            interpolant=self.path_type, time=self.weighting, latent_scale=self.latent_scale,
+            latent_shift=self.latent_shift, vae=self.vae, latent_side=side, image_size=image_size,
+        )  # fmt: skip
 
     def sit(self, *, channels: int, repa_dim: int | None) -> sprint.SiTConfig:
         """Sizes and options of the model."""
@@ -217,6 +255,7 @@ def check(config: Config, given: dict[str, Any]) -> None:
     Raises:
         ValueError: what is wrong, and how to mend it.
     """
+    differ: list[str] = []
     if config.model.removeprefix("SiT-") not in PRESETS:
         raise ValueError(f"unknown model {config.model!r}: choose one of {', '.join(PRESETS)}")
     for switch, off, idle in SWITCHES:
@@ -234,5 +273,11 @@ def check(config: Config, given: dict[str, Any]) -> None:
         )
     if config.stages == "finetune" and config.init_from is None:
         raise ValueError("stages=finetune starts from a trained model: give init_from=checkpoint, or stages=both")
+    size = PRESETS[config.model.removeprefix("SiT-")]._asdict()
+    for name, own in (("hidden_size", "dim"), ("num_heads", "heads"), *((d, d) for d in size if d.endswith("_depth"))):
+        if getattr(config, name) not in (None, size[own]):
+            differ.append(f"{name}={getattr(config, name)} (its own is {size[own]})")
+    if differ and "model" in given:
+        warnings.warn(f"model={config.model} with {', '.join(differ)}: a size of its own", UserWarning, stacklevel=2)
     config.sit(channels=4, repa_dim=768 if config.representation_align else None)
     config.schedule()

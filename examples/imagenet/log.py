@@ -58,8 +58,8 @@ class Log:
             )
         return sums
 
-    def write(self, step: int, sums: dict[str, float], **more: float) -> None:
-        """One entry, and a fresh start."""
+    def write(self, step: int, sums: dict[str, float], **more: float) -> dict[str, float]:
+        """One entry, and a fresh start; returns the entry."""
         now = time.perf_counter()
         means = {name: total / self.counts[name] for name, total in sums.items()}
         entry = {"step": step, **means, **more, "images_per_s": self.images / (now - self.since)}
@@ -68,6 +68,7 @@ class Log:
                 file.write(json.dumps(entry) + "\n")
         self.accelerator.log({name: value for name, value in entry.items() if name != "step"}, step=step)
         self.sums, self.counts, self.images, self.since = {}, {}, 0, now
+        return entry
 
     def window(self, sums: dict[str, float]) -> dict[str, Any]:
         """What was added since the last entry, for a checkpoint."""

@@ -1,4 +1,4 @@
-"""Images to SD-VAE latents: the moments of each image's posterior, on all GPUs, resumable.
+"""Images to latents of a VAE: the moments of each image's posterior, on all GPUs, resumable.
 
     accelerate launch examples/imagenet/prepare.py --images imagenet/train --out latents256 --size 256
     python examples/imagenet/prepare.py ... --layout repa            # the files of REPA's preprocessing
@@ -28,6 +28,7 @@ from sprint.checkpoint import write_text
 from sprint.data.images import ImageFolder, find_images, to_unit
 from sprint.data.latents import write_index, write_repa, write_repa_labels, write_shard
 from sprint.data.teacher import Teacher
+from sprint.data.vae import VAE
 from sprint.training.parallel import leave
 
 STORED = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
@@ -38,8 +39,10 @@ def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--images", type=Path, required=True, help="folder with one subfolder per class")
     parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--size", type=int, default=256, help="side of the square crop, divisible by 8")
-    parser.add_argument("--vae", default="stabilityai/sd-vae-ft-mse", help="hub name or local folder")
+    parser.add_argument("--size", type=int, default=256, help="side of the square crop")
+    parser.add_argument(
+        "--vae", default="stabilityai/sd-vae-ft-mse", help="hub name or local folder, of a VAE or a pipeline"
+    )
     parser.add_argument("--layout", choices=["compact", "repa"], default="compact")
     parser.add_argument("--dtype", choices=STORED, default="float16", help="of stored moments (compact layout)")
     parser.add_argument("--teacher", help="timm model whose features to keep for REPA (compact layout)")
@@ -81,15 +84,8 @@ def agree(out: Path, wanted: dict[str, Any]) -> None:
         raise SystemExit(f"{out} was begun with {'; '.join(differ)}: use the same options, or another --out")
 
 
-@torch.no_grad()
-def encode(vae: Any, images: torch.Tensor, device: torch.device) -> torch.Tensor:
-    """Mean and std of the posterior, (B, 2C, H/8, W/8)."""
-    posterior = vae.encode(to_unit(images.to(device))).latent_dist
-    return torch.cat([posterior.mean, posterior.std], dim=1)
-
-
 def prepare_part(
-    number: int, args: argparse.Namespace, images: list[tuple[Path, int]], *, vae: Any, teacher: Any, device: Any
+    number: int, args: argparse.Namespace, images: list[tuple[Path, int]], *, vae: VAE, teacher: Any, device: Any
 ) -> None:
     """Encode one part and write it; its record comes last."""
     first = number * args.shard
@@ -100,7 +96,7 @@ def prepare_part(
         good = [i for i, problem in enumerate(problems) if not problem]
         corrupt += [[printable(mine[at + i][0]), problem] for i, problem in enumerate(problems) if problem]
         if good:
-            encoded = encode(vae, pixels[good], device).cpu()
+            encoded = vae.moments(to_unit(pixels[good].to(device))).cpu()
             if args.layout == "repa":
                 for i, one in zip(good, encoded, strict=True):
                     kept.append([write_repa(args.out, first + at + i, png(pixels[i]), one), int(labels[i])])
@@ -128,15 +124,18 @@ def record(out: Path, number: int) -> Path:
     return out / "parts" / f"{number:05d}.json"
 
 
-def finish(args: argparse.Namespace, parts: int, classes: list[str]) -> None:
+def finish(args: argparse.Namespace, parts: int, classes: list[str], vae: VAE) -> None:
     """Write what makes the folder a dataset."""
     records = [json.loads(record(args.out, number).read_text()) for number in range(parts)]
     corrupt = [entry for part in records for entry in part["corrupt"]]
+    about = {
+        "classes": classes, "size": args.size, "teacher": args.teacher, "corrupt": corrupt, "vae": args.vae,
+        "vae_class": vae.kind, "latent_scale": vae.scale, "latent_shift": vae.shift,
+    }  # fmt: skip
     if args.layout == "repa":
-        write_repa_labels(args.out, [(name, label) for part in records for name, label in part["labels"]])
+        write_repa_labels(args.out, [(name, label) for part in records for name, label in part["labels"]], about=about)
     else:
         numbers = [number for number, part in enumerate(records) if part["labels"]]
-        about = {"classes": classes, "size": args.size, "vae": args.vae, "teacher": args.teacher, "corrupt": corrupt}
         write_index(args.out, numbers, about=about)
     write_text(args.out / "corrupt.txt", "".join(f"{path}\t{problem}\n" for path, problem in corrupt))
     count = sum(len(part["labels"]) for part in records)
@@ -157,15 +156,12 @@ def main() -> None:
     parts = -(-len(images) // args.shard)
     if parts < state.num_processes:
         raise SystemExit(f"{parts} parts for {state.num_processes} processes: choose a smaller --shard, or fewer processes")
-    from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
-
-    vae: Any = AutoencoderKL.from_pretrained(args.vae)
-    vae = vae.to(state.device).eval()
-    if args.size % (factor := 2 ** (len(vae.config.block_out_channels) - 1)):
-        raise SystemExit(f"--size {args.size} is not divisible by {factor}, by which this VAE shrinks images")
+    vae = VAE.from_pretrained(args.vae).to(state.device)
+    if args.size % vae.factor:
+        raise SystemExit(f"--size {args.size} is not divisible by {vae.factor}, by which this VAE shrinks images")
     teacher = None
     if args.teacher:
-        side = args.size // factor // args.patch
+        side = args.size // vae.factor // args.patch
         teacher = Teacher(args.teacher, (side, side), weights=args.teacher_weights).to(state.device)
     if state.is_main_process:  # only now: a mistake in the options must not bind the folder
         agree(args.out, plan(args, images))
@@ -177,7 +173,7 @@ def main() -> None:
         prepare_part(number, args, images, vae=vae, teacher=teacher, device=state.device)
     state.wait_for_everyone()
     if state.is_main_process:
-        finish(args, parts, classes)
+        finish(args, parts, classes, vae)
     leave()
 
 

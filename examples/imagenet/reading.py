@@ -1,22 +1,24 @@
-"""A YAML file of train.py's options, checked whole before anything else happens.
+"""The options of train.py, from a YAML file and the command line, checked whole before anything else happens.
 
-Sections (`model:`, `training:`, ...) may group options; they change nothing. `ALIASES` lists names of other projects that
-are understood, and whole files of the SPRINT reference are read by reference_config.py. Unknown options are errors, and so
-are options without effect: `representation_depth` while `representation_align` is not mentioned, say. Next to an explicit
+Types, choices, defaults and `--help` are jsonargparse's, from the dataclass in config.py. Sections (`model:`,
+`training:`, ...) may group options; they change nothing. `ALIASES` lists names of other projects that are understood, and
+whole files of the SPRINT reference are read by reference_config.py. Unknown options are errors, and so are options without
+effect: `representation_depth` while `representation_align` is not mentioned, say. Next to an explicit
 `representation_align: false` it is understood as parked.
 """
 
 import contextlib
 import dataclasses
 import difflib
-import types
 import typing
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import reference_config
 import yaml
 from config import Config, Finetune, check
+from jsonargparse import ArgumentError, ArgumentParser, set_parsing_settings
 
 ALIASES = {  # other projects' names
     "drop_ratio": "mask_ratio",
@@ -62,8 +64,35 @@ def content(path: Path) -> dict[str, Any]:
     return found
 
 
-def read(path: Path, changes: list[str] | None = None) -> Config:
-    """Read a YAML file, of ours or the reference's, with `name=value` changes from the command line, under our names.
+def parse(description: str | None, arguments: Sequence[str] | None = None) -> tuple[Config, Path]:
+    """The command line of train.py: `--config FILE`, `--set NAME=VALUE ...`, or any option by its own name.
+
+    Returns:
+        The options, and the file.
+
+    Raises:
+        SystemExit: anything that is wrong with them, in one message.
+    """
+    parser = ArgumentParser(
+        description=description, usage="%(prog)s --config FILE [--set NAME=VALUE ...] [--OPTION VALUE ...]"
+    )
+    parser.add_argument("--config", type=str, required=True, help="YAML file, of ours or of the SPRINT reference")
+    parser.add_argument(
+        "--set", nargs="+", action="extend", type=str, metavar="NAME=VALUE", help="options that differ from the file"
+    )
+    _describe(parser)
+    named = parser.parse_args(arguments, defaults=False).as_dict()
+    path, changes = Path(named.pop("config")), named.pop("set", [])
+    return read(path, changes, named), path
+
+
+def read(path: Path, changes: Sequence[str] = (), named: dict[str, Any] | None = None) -> Config:
+    """Read a YAML file, of ours or the reference's, with changes under our names.
+
+    Args:
+        path: of the file.
+        changes: "name=value", as `--set` takes them.
+        named: options by name, which go before both.
 
     Raises:
         SystemExit: anything that is wrong with it, in one message.
@@ -72,34 +101,53 @@ def read(path: Path, changes: list[str] | None = None) -> Config:
     try:
         if reference_config.is_sampling(found):
             raise ValueError("this is a file for sampling: give it to sample.py")
-        return build(reference_config.training(found) if reference_config.is_training(found) else found, changes or [])
+        options = reference_config.training(found) if reference_config.is_training(found) else found
+        return build(options, changes, named)
     except (ValueError, TypeError) as error:
         raise SystemExit(f"{path}: {error}") from error
 
 
-def build(options_given: dict[str, Any], changes: list[str]) -> Config:
+def build(found: dict[str, Any], changes: Sequence[str] = (), named: dict[str, Any] | None = None) -> Config:
     """A configuration from what a file holds.
 
     Raises:
         ValueError, TypeError: unknown, contradictory or idle options, or values that do not fit.
     """
-    options = _flat(options_given)
+    options = _flat(found)
     for change in changes:
         name, equals, value = change.partition("=")
         if not equals:
             raise ValueError(f"--set takes name=value, got {change!r}")
         section, _, inner = name.rpartition(".")
-        place = options.setdefault("finetune", {}) if section == "finetune" else options
+        kind, place = (Finetune, options.setdefault("finetune", {})) if section == "finetune" else (Config, options)
         try:
-            place[_known(inner, Finetune if section == "finetune" else Config)] = yaml.safe_load(value)
+            place[_known(inner, kind)] = _plain(yaml.load(value, _Loader))  # a SafeLoader
         except yaml.YAMLError as error:
             raise ValueError(f"--set {change}: {value!r} is no YAML value") from error
-    finetune = options.pop("finetune", {})
-    values = {name: _fit(name, value, Config) for name, value in options.items()}
-    tuned = {name: _fit(f"finetune.{name}", value, Finetune) for name, value in finetune.items()}
-    config = Config(**values, finetune=Finetune(**tuned))
-    check(config, values)
+    if options.get("mixed_precision") is False:
+        options["mixed_precision"] = "no"  # which YAML reads as False
+    named = dict(named or {})
+    options["finetune"] = {**options.pop("finetune", {}), **named.pop("finetune", {})}
+    parser = ArgumentParser(exit_on_error=False)
+    _describe(parser)
+    try:
+        given = parser.parse_object({**options, **named}, defaults=False).as_dict()
+    except ArgumentError as error:
+        raise ValueError(" ".join(str(error).split())) from error
+    tuned = given.pop("finetune", {})
+    for values, kind in ((given, Config), (tuned, Finetune)):
+        for name, value in values.items():
+            if value is None and type(None) not in typing.get_args(typing.get_type_hints(kind)[name]):
+                raise ValueError(f"{name} has no value: leave it out for its default")
+    config = Config(**given, finetune=Finetune(**tuned))
+    check(config, given)
     return config
+
+
+def _describe(parser: ArgumentParser) -> None:
+    """Give a parser the options, with their types, defaults and texts."""
+    set_parsing_settings(docstring_parse_attribute_docstrings=True)
+    parser.add_class_arguments(Config)
 
 
 def _flat(content: dict[str, Any]) -> dict[str, Any]:
@@ -109,11 +157,12 @@ def _flat(content: dict[str, Any]) -> dict[str, Any]:
         if key == "finetune":
             if not isinstance(value, dict | None):
                 raise TypeError(f"finetune is a section of options, got {value!r}")
-            entries = {"finetune": {_known(str(name), Finetune): inner for name, inner in (value or {}).items()}}
+            tuned = {_known(str(name), Finetune): _plain(inner) for name, inner in (value or {}).items()}
+            entries: dict[str, Any] = {"finetune": tuned}
         elif isinstance(value, dict):
             entries = _flat(value)
         else:
-            entries = {_known(str(key), Config): value}
+            entries = {_known(str(key), Config): _plain(value)}
         for name, entry in entries.items():
             if name in found and found[name] != entry:
                 raise ValueError(f"{name} is given twice, as {found[name]!r} and as {entry!r}")
@@ -133,30 +182,9 @@ def _known(name: str, kind: Any) -> str:
     return plain
 
 
-def _fit(name: str, value: Any, kind: Any) -> Any:
-    """A value as its option's type."""
-    wanted = typing.get_type_hints(kind)[name.rpartition(".")[2]]
-    choices = typing.get_args(wanted) if isinstance(wanted, types.UnionType) else (wanted,)
-    for choice in choices:
-        with contextlib.suppress(ValueError, TypeError, OverflowError):
-            return _converted(value, choice)
-    names = [" or ".join(map(repr, typing.get_args(c))) if typing.get_origin(c) is Literal else c.__name__ for c in choices]
-    raise TypeError(f"{name} must be {' or '.join(names)}, got {value!r}")
-
-
-def _converted(value: Any, choice: Any) -> Any:
-    """A value as one type; ValueError or TypeError if it is none. YAML reads 1e-4 as text."""
-    if typing.get_origin(choice) is Literal:
-        if value is False and "no" in typing.get_args(choice):
-            return "no"  # which YAML reads as False
-        if value not in typing.get_args(choice):
-            raise ValueError
-        return value
-    if choice in (bool, str, type(None)) or isinstance(value, bool):
-        if type(value) is not choice:
-            raise TypeError
-        return value
-    number = float(value)
-    if choice is int and number != int(number):
-        raise ValueError
-    return choice(number)
+def _plain(value: Any) -> Any:
+    """Numbers as people mean them: 4.0e+5 steps is whole, and so is 4e5, which YAML takes for text."""
+    if isinstance(value, str) and "e" in value.lower():
+        with contextlib.suppress(ValueError):
+            value = float(value)
+    return int(value) if isinstance(value, float) and value.is_integer() else value

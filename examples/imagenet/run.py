@@ -19,10 +19,10 @@ from sprint.training.parallel import distribute, full_state, load_full_state
 
 # Options that may change when a run goes on; another value of any other one makes it another run.
 FREE = {
-    "learning_rate", "warmup_steps", "lr_schedule", "max_train_steps", "max_grad_norm", "ema_decay", "finetune",
-    "gradient_accumulation_steps", "activation_checkpointing", "parallel", "allow_tf32", "data_dir", "num_workers",
-    "init_from", "output_dir", "exp_name", "checkpointing_steps", "checkpoints_total_limit", "logging_steps", "report_to",
-    "sampling_steps", "guidance_scale", "vae", "representation_weights",
+    "learning_rate", "warmup_steps", "lr_schedule", "max_train_steps", "max_grad_norm", "ema_decay", "ema_warmup",
+    "finetune", "gradient_accumulation_steps", "activation_checkpointing", "parallel", "allow_tf32", "data_dir",
+    "num_workers", "init_from", "output_dir", "exp_name", "checkpointing_steps", "checkpoints_total_limit",
+    "logging_steps", "report_to", "sampling_steps", "guidance_scale", "vae", "representation_weights",
 }  # fmt: skip
 TRAINING = (
     "label_drop",
@@ -44,7 +44,7 @@ def build(config: Config, data: sprint.data.LatentDataset, repa_dim: int | None,
     torch.manual_seed(seed_of(config.seed))
     model = sprint.SiT(sit)
     if config.init_from is not None and not folder.steps:
-        begin_from(config.init_from, model)
+        begin_from(config.init_from, model, config)
     if sit.sources == "shallow":
         model.middle.blocks.requires_grad_(False)  # they never run, and DDP would wait for their gradients
     model = model.to(device).train().set_checkpointing(config.activation_checkpointing)
@@ -59,17 +59,44 @@ def build(config: Config, data: sprint.data.LatentDataset, repa_dim: int | None,
         parameters, lr=config.learning_rate, betas=(config.adam_beta1, config.adam_beta2), eps=config.adam_epsilon,
         weight_decay=config.adam_weight_decay,
     )  # fmt: skip
-    recipe = config.recipe(data.shape[-1]).to_json()
+    recipe = config.recipe(data.shape[-1], data.about.get("size")).to_json()
     return Run(config, sit, trained, ema, optimizer, data.fingerprint, folder, recipe)
 
 
-def begin_from(path: str, model: sprint.SiT) -> None:
-    """Load the weights of a model that is the same function."""
+def begin_from(path: str, model: sprint.SiT, config: Config) -> None:
+    """Load the weights of a model that is the same function of the same latents."""
     found = load_model(path)
     theirs, ours = dataclasses.asdict(found.config), dataclasses.asdict(model.config)
     if differ := [f"{k}={theirs[k]!r}, here {v!r}" for k, v in ours.items() if k not in TRAINING and theirs[k] != v]:
         raise ValueError(f"init_from={path} is another model, with {'; '.join(differ)}: set the options to its own")
+    said, wanted = found.recipe, config.recipe(1, None)
+    for name in ("interpolant", "latent_scale", "latent_shift"):
+        was, now = getattr(said, name), getattr(wanted, name)
+        if None not in (was, now) and was != now:
+            raise ValueError(f"init_from={path} was trained with {name}={was!r}, here {now!r}: set the options to its own")
     load_weights(model, found.state_dict(), source=path)
+
+
+class Warmed:
+    """Averages whose decay rises to `decay`: at most (1 + n) / (10 + n) after n updates, as diffusers' EMAModel has it.
+
+    Args:
+        ema: follows the model; `TrainStep` calls `update_parameters`.
+        decay: in the end.
+        updates: done before.
+    """
+
+    def __init__(self, ema: torch.nn.Module, decay: float, updates: int) -> None:
+        self.ema, self.decay, self.updates = ema, decay, updates
+
+    @torch.no_grad()
+    def update_parameters(self, model: torch.nn.Module) -> None:
+        """One step towards the weights."""
+        self.updates += 1
+        decay = min(self.decay, (1 + self.updates) / (10 + self.updates))
+        pairs = [(a, p) for a, p in zip(self.ema.parameters(), model.parameters(), strict=True) if p.requires_grad]
+        averages, parameters = zip(*pairs, strict=True)
+        torch._foreach_lerp_(averages, parameters, 1 - decay)  # pyright: ignore[reportPrivateImportUsage]
 
 
 @dataclasses.dataclass
@@ -86,6 +113,15 @@ class Run:
     folder: sprint.training.RunFolder
     recipe: str
     """What sampling must know, as JSON."""
+
+    @property
+    def device(self) -> torch.device:
+        """Of the model."""
+        return next(self.model.parameters()).device
+
+    def average(self, updates: int) -> Any:
+        """The averaged model as `TrainStep` takes it, after some updates."""
+        return Warmed(self.ema, self.config.ema_decay, updates) if self.config.ema_warmup else self.ema
 
     def save(self, step: int, window: dict[str, Any], accelerator: Accelerator) -> None:
         """Write everything on the main process, whole or not at all."""
@@ -141,7 +177,9 @@ class Run:
 
     def _differences(self, step: int, theirs: dict[str, Any], data: str) -> list[str]:
         ours = json.loads(json.dumps(dataclasses.asdict(self.config)))
-        differ = [f"{k}={theirs.get(k)!r}, now {v!r}" for k, v in ours.items() if k not in FREE and theirs.get(k) != v]
+        usual = json.loads(json.dumps(dataclasses.asdict(Config(latent_shift=0.0))))  # of options newer than the run
+        theirs = usual | theirs
+        differ = [f"{k}={theirs[k]!r}, now {v!r}" for k, v in ours.items() if k not in FREE and theirs[k] != v]
         if data != self.data:
             differ.append(f"other latents than those in {self.config.data_dir}")
         if step > (steps := self.config.schedule().steps):

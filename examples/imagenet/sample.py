@@ -8,6 +8,7 @@ interruption, and it goes on. --config takes a sampling file of the SPRINT refer
 """
 
 import argparse
+import dataclasses
 import io
 import json
 import math
@@ -31,12 +32,13 @@ import sprint
 from sprint.checkpoint import write_bytes, write_text
 from sprint.data.images import to_uint8
 from sprint.data.latents import SCALE
+from sprint.data.vae import VAE
 from sprint.models.loading import load_model
 from sprint.models.recipe import Recipe
 from sprint.random import normal
 from sprint.training.parallel import leave
 
-VAE = "stabilityai/sd-vae-ft-mse"
+VAE_NAME = "stabilityai/sd-vae-ft-mse"
 GUIDANCE = ["none", "cfg", "pdg", "pdg-same"]
 
 
@@ -48,8 +50,10 @@ def options(description: str | None) -> argparse.ArgumentParser:
     parser.add_argument("--count", type=int, default=50_000)
     said = "; by default what the checkpoint says of its training"
     parser.add_argument("--side", type=int, help=f"of the latents, 32 for 256 px, 64 for 512 px{said}, or 32")
-    parser.add_argument("--vae", help=f"hub name or local folder; none for pixel models{said}, or {VAE}")
-    parser.add_argument("--latent-scale", type=float, help=f"that the model was trained with{said}, or {SCALE}")
+    parser.add_argument("--vae", help=f"hub name or local folder; none for pixel models{said}, or {VAE_NAME}")
+    numbers: dict[str, Any] = {"type": float, "nargs": "+", "metavar": "NUMBER"}
+    parser.add_argument("--latent-scale", **numbers, help=f"one or one per channel, of the training{said}, or {SCALE}")
+    parser.add_argument("--latent-shift", **numbers, help=f"likewise{said}, or 0")
     parser.add_argument("--batch", type=int, default=64)
     parser.add_argument("--interval", type=float, nargs=2, default=[0.0, 1.0], metavar=("LOW", "HIGH"))
     parser.add_argument("--solver", choices=["euler", "heun", "sde"], default="euler")
@@ -113,16 +117,16 @@ def complete(args: argparse.Namespace, recipe: Recipe) -> None:
     Raises:
         ValueError: an option contradicts that.
     """
-    usual = {"side": 32, "vae": VAE, "latent_scale": SCALE, "interpolant": "linear"}
-    said = {"side": recipe.latent_side, "latent_scale": recipe.latent_scale, "interpolant": recipe.interpolant}
-    for name in ("latent_scale", "interpolant"):
+    usual = {"side": 32, "vae": VAE_NAME, "latent_scale": SCALE, "latent_shift": 0.0, "interpolant": "linear"}
+    said = {**dataclasses.asdict(recipe), "side": recipe.latent_side}
+    for name, default in usual.items():
         given = getattr(args, name)
-        if None not in (given, said[name]) and given != said[name]:
+        if isinstance(given, list):
+            given = given[0] if len(given) == 1 else tuple(given)
+        if name not in ("side", "vae") and None not in (given, said[name]) and given != said[name]:
             option = name.replace("_", "-")
             raise ValueError(f"--{option} {given}, but {args.checkpoint} was trained with {said[name]}: leave it out")
-    for name, value in (said | {"vae": recipe.vae}).items():
-        if getattr(args, name) is None:
-            setattr(args, name, usual[name] if value is None else value)
+        setattr(args, name, given if given is not None else default if said[name] is None else said[name])
 
 
 def guidance(args: argparse.Namespace) -> Any:
@@ -170,8 +174,9 @@ def draw(model: Any, vae: Any, numbers: list[int], args: argparse.Namespace, dev
         model, noise, y=y, guidance=guidance(args), solver=args.solver, steps=args.steps, interpolant=args.interpolant,
         prediction=config.prediction, generator=streams,
     )  # fmt: skip
-    pixels = to_uint8(latents if vae is None else vae.decode(latents / args.latent_scale).sample)
-    return pixels.expand(-1, 3, -1, -1).cpu()  # grey ones too
+    if vae is not None:
+        latents = vae.decode(latents, scale=args.latent_scale, shift=args.latent_shift)
+    return to_uint8(latents).expand(-1, 3, -1, -1).cpu()  # grey ones too
 
 
 def packed(args: argparse.Namespace) -> Path:
@@ -195,7 +200,7 @@ def pack(args: argparse.Namespace) -> Path:
     return packed(args)
 
 
-def build(args: argparse.Namespace, device: torch.device) -> tuple[sprint.CapturedModel, Any]:
+def build(args: argparse.Namespace, device: torch.device) -> tuple[sprint.CapturedModel, VAE | None]:
     """The model, and the VAE unless its images are pixels."""
     sit = load_model(args.checkpoint, device=device).eval()
     complete(args, sit.recipe)
@@ -206,15 +211,16 @@ def build(args: argparse.Namespace, device: torch.device) -> tuple[sprint.Captur
             raise SystemExit(
                 f"--vae none, but {sit.config.in_channels} channels are no picture: name the VAE of the latents"
             )
-        vae: Any = None
+        vae = None
     else:
-        from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
-
-        vae = AutoencoderKL.from_pretrained(args.vae)
-        vae = vae.to(device).eval()
-        if vae.config.latent_channels != sit.config.in_channels:
+        vae = VAE.from_pretrained(args.vae).to(device)
+        if vae.channels != sit.config.in_channels:
+            raise SystemExit(f"--vae {args.vae} has {vae.channels} channels, the model {sit.config.in_channels}")
+        size = args.side * vae.factor
+        if sit.recipe.image_size not in (None, size) and args.side == sit.recipe.latent_side:
             raise SystemExit(
-                f"--vae {args.vae} has {vae.config.latent_channels} channels, the model {sit.config.in_channels}"
+                f"--vae {args.vae} makes images of {size} from latents of {args.side}, but {args.checkpoint} was trained on "
+                f"images of {sit.recipe.image_size}: it is another VAE"
             )
     return sprint.CapturedModel(sit, autocast=torch.bfloat16 if args.dtype == "bfloat16" else None), vae
 

@@ -7,13 +7,12 @@ Killed at any moment, the same command goes on from the newest checkpoint, with 
 on the seed, the step and the process alone. The options are in config.py, the walk-through in docs/imagenet.md.
 """
 
-import argparse
 import dataclasses
 import importlib.util
 import math
+import os
 from collections.abc import Iterator
 from datetime import timedelta
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -22,14 +21,16 @@ from accelerate.utils import InitProcessGroupKwargs
 from config import Config
 from errors import plain_errors
 from log import Log
-from reading import read
+from reading import parse
 from run import Run, build, precision
 from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 
 import sprint
 from sprint.data.images import save_grid, to_uint8
+from sprint.data.latents import SCALE
 from sprint.data.teacher import Teacher
+from sprint.data.vae import VAE
 from sprint.random import normal
 from sprint.training.order import Batches, DataOrder, seed_of
 from sprint.training.parallel import leave
@@ -39,7 +40,7 @@ class Objective:
     """Flow matching on latents drawn from their moments; `TrainStep` calls it."""
 
     def __init__(self, config: Config) -> None:
-        self.scale = config.latent_scale
+        self.scaling: dict[str, Any] = {"scale": config.latent_scale, "shift": config.latent_shift}
         self.flow = sprint.FlowMatchingLoss(
             interpolant=config.path_type,
             time=config.weighting,
@@ -48,7 +49,7 @@ class Objective:
         )
 
     def __call__(self, model: Any, moments: torch.Tensor, y: torch.Tensor, target: Any = None, *, drop: Any) -> Any:
-        latents = sprint.data.draw_latents(moments, scale=self.scale)
+        latents = sprint.data.draw_latents(moments, **self.scaling)
         return self.flow(model, latents, y=y, drop=drop, repa_target=target)
 
 
@@ -74,6 +75,23 @@ def open_data(config: Config) -> sprint.data.LatentDataset:
     return data
 
 
+def settled(config: Config, data: sprint.data.LatentDataset) -> Config:
+    """The options with what is known of the latents in the place of None.
+
+    Raises:
+        ValueError: the file says otherwise.
+    """
+    found: dict[str, Any] = {}
+    for name, usual in (("latent_scale", SCALE), ("latent_shift", 0.0), ("vae", "stabilityai/sd-vae-ft-mse")):
+        given, kept = getattr(config, name), data.about.get(name)
+        if name != "vae" and None not in (given, kept) and given != kept:
+            raise ValueError(f"{name}={given}, but {config.data_dir} was prepared with {kept}: leave {name} out")
+        found[name] = given if given is not None else usual if kept is None else kept
+        if isinstance(found[name], list) and len(found[name]) != data.shape[0] // 2:
+            raise ValueError(f"{name} has {len(found[name])} numbers, the latents {data.shape[0] // 2} channels")
+    return dataclasses.replace(config, **found)
+
+
 def build_teacher(
     config: Config, data: sprint.data.LatentDataset, device: torch.device
 ) -> tuple[Teacher | None, int | None]:
@@ -86,18 +104,17 @@ def build_teacher(
     return teacher, teacher.dim
 
 
-def build_vae(config: Config, channels: int, device: torch.device) -> Any:
+def build_vae(config: Config, channels: int, device: torch.device) -> VAE | None:
     """The VAE that decodes sample grids, loaded before anything is trained."""
     if not config.sampling_steps or config.vae == "none":
         if config.sampling_steps and channels not in (1, 3):
             raise ValueError(f"vae=none, but {channels} channels are no picture: name the latents' VAE, or sampling_steps=0")
         return None
-    from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
-
-    vae: Any = AutoencoderKL.from_pretrained(config.vae)
-    if vae.config.latent_channels != channels:
-        raise ValueError(f"vae={config.vae} has {vae.config.latent_channels} channels, the latents {channels}: name theirs")
-    return vae.to(device).eval()
+    assert config.vae is not None  # settled
+    vae = VAE.from_pretrained(config.vae)
+    if vae.channels != channels:
+        raise ValueError(f"vae={config.vae} has {vae.channels} channels, the latents {channels}: name theirs")
+    return vae.to(device)
 
 
 def token_grid(config: Config, data: sprint.data.LatentDataset) -> tuple[int, int]:
@@ -115,7 +132,9 @@ def draw(config: Config, ema: torch.nn.Module, vae: Any, shape: tuple[int, ...],
         latents = sprint.sample(
             ema, noise, y=y, steps=50, interpolant=config.path_type, prediction=config.prediction, guidance=guidance
         )
-    return to_uint8(latents if vae is None else vae.decode(latents / config.latent_scale).sample)
+    if vae is not None:
+        latents = vae.decode(latents, scale=config.latent_scale, shift=config.latent_shift)
+    return to_uint8(latents)
 
 
 def batches(loader: Any, config: Config, teacher: Teacher | None, device: torch.device) -> Iterator[list[torch.Tensor]]:
@@ -128,15 +147,41 @@ def batches(loader: Any, config: Config, teacher: Teacher | None, device: torch.
         yield tensors
 
 
-def introduce(run: Run, begin: int, plan: Batches, grid: tuple[int, int]) -> None:
-    """Say what is trained and, before the sparse stage, what it will save."""
-    size = sum(parameter.numel() for parameter in run.model.parameters()) / 1e6
+def introduce(run: Run, begin: int, plans: list[Batches], grid: tuple[int, int]) -> None:
+    """Say what is trained, what dropping will save, and what will not fit into memory."""
+    plan, tokens, model = (
+        plans[0],
+        math.prod(grid),
+        sprint.SiT(run.sit).set_checkpointing(run.config.activation_checkpointing),
+    )
+    size = sum(parameter.numel() for parameter in model.parameters()) / 1e6
     print(f"{size:.1f} M parameters, {plan.order.count} images, {plan.share[1]} processes, from step {begin} on")
-    if (drop := run.config.schedule().pretrain.drop) is not None and begin == 0:
-        tokens = math.prod(grid)
-        kept = drop.sample(1, grid).num_kept
-        print(f"{kept} of {tokens} tokens ({100 * kept / tokens:.3g} %) pass through the middle blocks")
-        print(sprint.cost(sprint.SiT(run.sit), grid=grid, drop=drop, batch=plan.each(begin)))
+    for plan in plans:
+        if begin >= plan.end:
+            continue
+        first = max(begin, plan.start)
+        drop = run.config.schedule().at(first).drop
+        predicted = sprint.cost(model, grid=grid, drop=drop or sprint.StructuredDrop(0.75), batch=plan.each(first))
+        if drop is not None and begin == 0:
+            kept = drop.sample(1, grid).num_kept
+            print(f"{kept} of {tokens} tokens ({100 * kept / tokens:.3g} %) pass through the middle blocks")
+            print(predicted)
+        path = "shallow" if run.sit.sources == "shallow" else "full" if drop is None else "sparse"
+        states = (2 * predicted.weights + predicted.states) / (plan.share[1] if run.config.parallel == "fsdp" else 1)
+        needed = states + predicted.memory(path) - predicted.weights - predicted.states
+        if needed > (there := memory(run.device)):
+            print(
+                f"WARNING: steps from {first} on, of {plan.each(first)} images on {path} tokens, take about "
+                f"{needed / 2**30:.1f} GiB, and there are {there / 2**30:.1f}: raise gradient_accumulation_steps, or set "
+                "activation_checkpointing=true, or parallel=fsdp on several GPUs"
+            )
+
+
+def memory(device: torch.device) -> int:
+    """Bytes of a device, or of this machine."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_properties(device).total_memory
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 
 def train(config: Config, accelerator: Accelerator) -> None:
@@ -144,6 +189,7 @@ def train(config: Config, accelerator: Accelerator) -> None:
     device, main = accelerator.device, accelerator.is_main_process
     torch.set_float32_matmul_precision("high" if config.allow_tf32 else "highest")
     data, schedule = open_data(config), config.schedule()
+    config = settled(config, data)
     order, share = DataOrder(len(data), seed=config.seed), (accelerator.process_index, accelerator.num_processes)
     switch = schedule.pretrain.steps
     stages = [(0, switch), (switch, schedule.steps)] if schedule.finetune else [(0, switch)]
@@ -157,14 +203,14 @@ def train(config: Config, accelerator: Accelerator) -> None:
     run, log = build(config, data, repa_dim, device), Log(config.folder, accelerator)
     begin = last = run.resume(log, accelerator)
     if main:
-        introduce(run, begin, plans[0], token_grid(config, data))
-    bar = tqdm(initial=begin, total=schedule.steps, disable=not main, unit="step")
+        introduce(run, begin, plans, token_grid(config, data))
+    bar = tqdm(initial=begin, total=schedule.steps, disable=not main, unit="step", dynamic_ncols=True)
     for plan in plans:
         if begin >= plan.end:
             continue
         plan.start = max(begin, plan.start)
         step = sprint.TrainStep(
-            run.model, Objective(config), run.optimizer, clip=config.max_grad_norm, ema=run.ema,
+            run.model, Objective(config), run.optimizer, clip=config.max_grad_norm, ema=run.average(plan.start),
             ema_decay=config.ema_decay, accumulate=plan.accumulate, autocast=precision(config),
         )  # fmt: skip
         workers: dict[str, Any] = {"num_workers": config.num_workers, "pin_memory": device.type == "cuda"}
@@ -182,7 +228,8 @@ def train(config: Config, accelerator: Accelerator) -> None:
             if logs or saves:
                 sums = log.check(done, last)
                 if logs:
-                    log.write(done, sums, lr=moment.lr, stage=moment.stage)
+                    said = log.write(done, sums, lr=moment.lr, stage=moment.stage)
+                    bar.set_postfix({"loss": f"{said['loss']:.4f}", "images/s": f"{said['images_per_s']:.4g}"})
                 if saves:
                     run.save(done, log.window(sums), accelerator)
                     last = done
@@ -195,13 +242,7 @@ def train(config: Config, accelerator: Accelerator) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--config", type=Path, required=True, help="YAML file; the options are in config.py")
-    parser.add_argument(
-        "--set", nargs="+", action="extend", default=[], metavar="NAME=VALUE", help="options that differ from the file"
-    )
-    args = parser.parse_args()
-    config = read(args.config, args.set)
+    config, file = parse(__doc__)
     tracker = None if config.report_to == "none" else config.report_to
     if tracker is not None and importlib.util.find_spec(tracker) is None:
         raise SystemExit(f"report_to={tracker} is not installed: pip install {tracker}, or report_to=none")
@@ -210,7 +251,7 @@ def main() -> None:
         cpu=not torch.cuda.is_available(), log_with=tracker, project_dir=config.folder, kwargs_handlers=[patience]
     )
     try:
-        with plain_errors(str(args.config)):
+        with plain_errors(str(file)):
             if tracker:
                 plain = {k: v for k, v in dataclasses.asdict(config).items() if isinstance(v, int | float | str)}
                 accelerator.init_trackers("sprint", plain)

@@ -1,6 +1,7 @@
 """How a model was trained travels with its weights, and what contradicts it is refused."""
 
 import json
+from pathlib import Path
 
 import pytest
 import torch
@@ -10,6 +11,7 @@ from safetensors.torch import save_file
 
 import sprint
 from sprint.models import Recipe, SiT
+from sprint.models.loading import load_model
 
 RECIPE = Recipe(interpolant="cosine", time="uniform", latent_scale=1.5, vae="none", latent_side=8)
 
@@ -38,7 +40,7 @@ def test_a_file_of_before_loads_without_one(tmp_path):
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        (json.dumps({"format": 2}), "a recipe of format 2, and this version reads 1: update sprint"),
+        (json.dumps({"format": 3}), "a recipe of format 3, this version reads up to 2: update sprint"),
         (json.dumps({"format": 1, "moon": 3}), "a recipe with moon, unknown to this version"),
         ("{", "a damaged recipe"),
         ("[]", "a damaged recipe"),
@@ -70,6 +72,31 @@ def test_samplers_and_losses_follow_it(tmp_path):
             call()
 
 
-def test_numbers_that_cannot_be():
-    with pytest.raises(ValueError, match="latent_scale must be positive, got 0"):
-        Recipe(latent_scale=0)
+@pytest.mark.parametrize(
+    ("said", "message"),
+    [
+        ({"latent_scale": 0}, "latent_scale must be positive, got 0"),
+        ({"latent_scale": float("inf")}, "latent_scale must be positive, got inf"),
+        ({"latent_scale": True}, "latent_scale must be positive, got True"),
+        ({"latent_scale": [1.0, -1.0]}, "latent_scale must be positive"),
+        ({"latent_scale": []}, "latent_scale must be positive"),
+        ({"latent_shift": float("nan")}, "latent_shift must be finite, got nan"),
+        ({"latent_shift": "0"}, "latent_shift must be finite, got '0'"),
+        ({"latent_side": 2.5}, "latent_side must be a positive whole number, got 2.5"),
+        ({"image_size": 0}, "image_size must be a positive whole number, got 0"),
+    ],
+)
+def test_numbers_that_cannot_be(said, message):
+    with pytest.raises(ValueError, match=message):
+        Recipe(**said)
+
+
+def test_files_of_earlier_formats_load():
+    """Written by the first version that kept a recipe (train.py's model and its checkpoint), and by one before it."""
+    recorded = Path(__file__).parents[1] / "recorded"
+    wanted = Recipe(interpolant="cosine", time="lognormal", latent_scale=0.5, vae="stabilityai/sd-vae-ft-mse", latent_side=8)
+    model, average = (load_model(recorded / f"format1_{name}.safetensors") for name in ("model", "training"))
+    assert model.recipe == average.recipe == wanted
+    x, t, y = torch.ones(1, 4, 8, 8), torch.full((1,), 0.5), torch.tensor([1])
+    assert model(x, t, y).equal(average(x, t, y))
+    assert model(x, t, y).count_nonzero() == 4 * 64  # it was trained for two steps

@@ -37,6 +37,7 @@ OPT_IN = {  # loaded where used
     **{f"kernels.{name}": {"triton"} for name in ("mode", "adamw", "modulation", "rotary")},
 }
 LAZY = {
+    "diffusers",
     "huggingface_hub",
     "xformers",
     "tqdm",

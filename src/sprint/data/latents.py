@@ -23,19 +23,28 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from sprint.checkpoint import PathLike, write_bytes, write_tensors, write_text
+from sprint.data.vae import scaled
 from sprint.random import normal
 
 SCALE = 0.18215  # of SD-VAE latents, to unit variance
 
 INDEX = "index.json"
+ABOUT = "about.json"  # what the index says beside shapes and shards, in REPA's layout
 
 
-def draw_latents(moments: Tensor, *, scale: float = SCALE, generator: torch.Generator | None = None) -> Tensor:
-    """Draw from the posterior: `scale (mean + std ε)`.
+def draw_latents(
+    moments: Tensor,
+    *,
+    scale: float | Sequence[float] = SCALE,
+    shift: float | Sequence[float] = 0.0,
+    generator: torch.Generator | None = None,
+) -> Tensor:
+    """Draw from the posterior: `scale (mean + std ε - shift)`.
 
     Args:
         moments: mean and std along axis 1, (B, 2C, H, W).
-        scale: of the latents.
+        scale: of the latents, one number or one per channel.
+        shift: likewise; VAEs of diffusers tell both (`sprint.data.VAE`).
         generator: for ε.
 
     Returns:
@@ -48,7 +57,8 @@ def draw_latents(moments: Tensor, *, scale: float = SCALE, generator: torch.Gene
     if moments.ndim != 4 or moments.shape[1] % 2:
         raise ValueError(f"moments must be (B, 2C, H, W), mean and std, got {tuple(moments.shape)}")
     mean, std = moments.to(torch.promote_types(moments.dtype, torch.float32)).chunk(2, dim=1)
-    return scale * (mean + std * normal(mean.shape, device=mean.device, dtype=mean.dtype, generator=generator))
+    noise = normal(mean.shape, device=mean.device, dtype=mean.dtype, generator=generator)
+    return scaled(mean + std * noise, scale, shift)
 
 
 def shard_name(number: int) -> str:
@@ -130,8 +140,17 @@ def write_repa(folder: PathLike, number: int, image: bytes | None, moments: Tens
     return name
 
 
-def write_repa_labels(folder: PathLike, labels: Sequence[tuple[str, int]]) -> None:
-    """Write the labels of REPA's layout, by the names that `write_repa` returned; images by their own names."""
+def write_repa_labels(
+    folder: PathLike, labels: Sequence[tuple[str, int]], *, about: Mapping[str, Any] | None = None
+) -> None:
+    """Write the labels of REPA's layout, by the names that `write_repa` returned; images by their own names.
+
+    Args:
+        folder: of the dataset.
+        labels: by name.
+        about: kept beside it (what made it).
+    """
+    write_text(Path(folder) / ABOUT, json.dumps(dict(about or {}), indent=1))
     pairs = [[name, label] for name, label in labels]
     write_text(Path(folder) / "vae-sd" / "dataset.json", json.dumps({"labels": pairs}))
     if (Path(folder) / "images").is_dir():
@@ -169,6 +188,8 @@ class LatentDataset(Dataset[tuple[Tensor, ...]]):
         """(n,) int64, of all images."""
         self.teacher = self._read.teacher
         """Name of the teacher whose features were prepared, if any."""
+        self.about: dict[str, Any] = self._read.about
+        """What was kept of how it was made: "vae", "latent_scale", "latent_shift", "size" and more."""
         if aligned:
             self._read.check_aligned()
 
@@ -202,6 +223,7 @@ class _Shards:
         self.ends = list(accumulate(shard["count"] for shard in self.shards))
         self.shape = tuple(index["shape"])
         self.teacher: str | None = index.get("teacher")
+        self.about = {name: value for name, value in index.items() if name not in ("shape", "shards")}
         self.open: dict[int, Any] = {}
         labels = []
         for shard in self.shards:
@@ -247,6 +269,8 @@ class _Files:
 
     def __init__(self, folder: Path) -> None:
         self.folder, self.images = folder / "vae-sd", list[Path]()
+        file = folder / ABOUT
+        self.about: dict[str, Any] = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
         pairs = json.loads((self.folder / "dataset.json").read_text(encoding="utf-8"))["labels"]
         by_name = dict(pairs)
         self.names = sorted(by_name)

@@ -2,40 +2,58 @@
 
 import dataclasses
 import json
+import math
+from collections.abc import Sequence
 
 from sprint.flow.interpolants import get_interpolant
 
-FORMAT = 1  # of the files; a newer one is refused
+FORMAT = 2  # of the files; 1, without shift and image size, is read too, a newer one is refused
+
+Numbers = float | Sequence[float]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Recipe:
-    """What sampling and decoding need beside the weights; None is what nobody said.
+    """What sampling and decoding need beside the weights and options; None is what nobody said.
+
+    The model sees `(z - latent_shift) * latent_scale` of a latent z.
 
     Args:
         interpolant: "linear", "cosine" or "ddpm".
         time: distribution of the training times, in words.
-        latent_scale: that the latents were multiplied with.
+        latent_scale: one number, or one per channel.
+        latent_shift: likewise.
         vae: hub name or folder of the VAE that decodes them; "none" for pixels.
         latent_side: rows and columns of the latents.
+        image_size: rows and columns of the images.
 
     Raises:
-        ValueError: an interpolant of an unknown name, or numbers that are not positive.
+        ValueError: an interpolant of an unknown name, or numbers that are not finite, or not positive where they must be.
     """
 
     interpolant: str | None = None
     time: str | None = None
-    latent_scale: float | None = None
+    latent_scale: Numbers | None = None
+    latent_shift: Numbers | None = None
     vae: str | None = None
     latent_side: int | None = None
+    image_size: int | None = None
 
     def __post_init__(self) -> None:
         if self.interpolant is not None:
             get_interpolant(self.interpolant)
-        for name in ("latent_scale", "latent_side"):
+        for name, wanted in (("latent_scale", "positive"), ("latent_shift", "finite")):
             value = getattr(self, name)
-            if value is not None and not value > 0:
-                raise ValueError(f"{name} must be positive, got {value}")
+            if value is None:
+                continue
+            numbers = tuple(value) if isinstance(value, list | tuple) else (value,)
+            if not numbers or not all(_real(number) and (number > 0 or wanted == "finite") for number in numbers):
+                raise ValueError(f"{name} must be {wanted}, got {value!r}")
+            object.__setattr__(self, name, numbers if isinstance(value, list | tuple) else value)  # JSON has lists
+        for name in ("latent_side", "image_size"):
+            value = getattr(self, name)
+            if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
+                raise ValueError(f"{name} must be a positive whole number, got {value!r}")
 
     def to_json(self) -> str:
         """As a file holds it."""
@@ -55,9 +73,15 @@ class Recipe:
             version = said.pop("format")
         except (ValueError, KeyError, AttributeError, TypeError) as error:
             raise ValueError(f"{source} holds a damaged recipe of how it was trained: {text[:80]!r}") from error
-        if version != FORMAT:
-            raise ValueError(f"{source} holds a recipe of format {version}, and this version reads {FORMAT}: update sprint")
+        if version not in (1, FORMAT):
+            raise ValueError(
+                f"{source} holds a recipe of format {version}, this version reads up to {FORMAT}: update sprint"
+            )
         known = {field.name for field in dataclasses.fields(cls)}
         if unknown := sorted(said.keys() - known):
             raise ValueError(f"{source} holds a recipe with {', '.join(unknown)}, unknown to this version: update sprint")
         return cls(**said)
+
+
+def _real(number: object) -> bool:
+    return isinstance(number, int | float) and not isinstance(number, bool) and math.isfinite(number)
