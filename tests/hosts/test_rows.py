@@ -1,5 +1,6 @@
 """Tables without a batch, gathered for each sample: whatever a block does with them, or an error."""
 
+import einops
 import hosts
 import pytest
 import torch
@@ -38,6 +39,11 @@ USES = {
     "mask": lambda q, r: F.scaled_dot_product_attention(q, q, q, attn_mask=r[:, :5].mm(r[:, :5].t())),
     "linear": lambda q, r: q * F.linear(r, torch.ones(8, 8)),
     "cat": lambda q, r: torch.cat([q[:, 0], r[None]], -1),
+    "rearrange": lambda q, r: q * einops.rearrange(r, "n (two d) -> n 1 (two d)", two=2).transpose(0, 1),
+    "repeat": lambda q, r: turned(
+        q, einops.repeat(r[:, :4], "n d -> n (d 2)"), einops.repeat(r, "n d -> b 1 n d", b=len(q))
+    ),
+    "reduce": lambda q, r: q * einops.reduce(r, "n d -> n 1", "sum"),
     "cut": lambda q, r: q * r[: q.shape[2]][None],
 }
 

@@ -21,7 +21,7 @@ from sprint.hosts.mechanism.keep import Keeper
 from sprint.hosts.mechanism.places import Place
 from sprint.hosts.mechanism.recompute import Debt, draws
 from sprint.hosts.mechanism.sides import hint, refuse_undeclared
-from sprint.hosts.mechanism.tables import Tables
+from sprint.hosts.mechanism.tables import Tables, versions_of
 from sprint.random import uniform
 
 if TYPE_CHECKING:
@@ -65,9 +65,7 @@ class Route:
         if self.state.masked is not None:
             block = stop.block  # not in a checkpoint, whose recomputation would not be masked
         elif self.state.checkpoint and torch.is_grad_enabled():
-            # Blocks that draw nothing need no random state, which a CUDA graph could not read.
-            keep = torch.compiler.is_compiling() or draws(stop.block)
-            block = partial(checkpoint, block, use_reentrant=False, preserve_rng_state=keep)
+            block = partial(_recomputed, block, place, preserve_rng_state=torch.compiler.is_compiling() or draws(stop.block))
         named = place.named(args, kwargs)
         self._in_order(index)
         if self.num_tokens is None:
@@ -335,13 +333,14 @@ class Route:
         self.late = index
         if self.entered in (-1, index):  # all of them
             self._enter(place, index, named)
+            if self.strong is not None:
+                for name in filter(None, (place.image, place.blocks.text)):
+                    named[name] = named[name][self.strong]
             image, text = self._split(place.blocks.stream, self._sorted(named[place.image]))
             if self.path == "sparse":
                 assert self.subset is not None
                 image = self.subset.gather(image)
                 self.length = self.subset.num_kept
-            if self.strong is not None:
-                image, text = image[self.strong], None if text is None else text[self.strong]
             named[place.image] = self._join(place.blocks.stream, image, text)
             if self.path != "sparse":
                 named[place.image] = self._unsorted(named[place.image])
@@ -387,6 +386,18 @@ class Route:
         if self.order is None:
             return stream
         return stream.gather(1, self.order.argsort(dim=1).unsqueeze(-1).expand(-1, -1, stream.shape[-1]))
+
+
+def _recomputed(block: Callable[..., Any], place: Place, *args: Any, preserve_rng_state: bool, **kwargs: Any) -> Any:
+    """The block in a checkpoint; one that draws nothing needs no random state, which a CUDA graph could not read."""
+    before = None if torch.compiler.is_compiling() else versions_of((args, kwargs))
+    output = checkpoint(block, *args, use_reentrant=False, preserve_rng_state=preserve_rng_state, **kwargs)
+    if before is not None and before != versions_of((args, kwargs)):
+        raise RuntimeError(
+            f"blocks {place.blocks.name!r} change their arguments in place, from which a checkpoint would recompute them: "
+            f"write {place.image} = {place.image} + …, or wrap without checkpoint=True"
+        )
+    return output
 
 
 def _pasted(place: Place) -> str:

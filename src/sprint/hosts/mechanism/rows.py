@@ -13,6 +13,11 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
 
+try:
+    from einops._backends import TorchBackend
+except ImportError:  # a later einops: it refuses rows, in words
+    TorchBackend = object
+
 _PROPERTIES = {"dtype", "device", "layout", "requires_grad", "is_cuda", "is_complex", "is_floating_point", "is_contiguous"}
 _CASTS = {"to", "float", "half", "bfloat16", "double", "type", "type_as", "contiguous", "clone", "detach"}
 _NUMBERS = {  # functions that work number by number, and broadcast
@@ -122,6 +127,15 @@ class Rows:
         if callable(method):
             return partial(_method, method, self)
         return _applied(_attribute(name), (self,), {})
+
+
+class _Einops(TorchBackend):  # pyright: ignore[reportGeneralTypeIssues]
+    """Tells einops, which looks for subclasses of its backends, that it may do with rows what it does with tensors."""
+
+    framework_name = __name__
+
+    def is_appropriate_type(self, tensor: Any) -> bool:
+        return isinstance(tensor, Rows)
 
 
 def _operator(name: str) -> Callable[..., Any]:
