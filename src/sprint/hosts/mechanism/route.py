@@ -303,7 +303,7 @@ class Route:
             self.state.weak_ran = True
         if self.path == "shallow":
             image = self.fusion(shallow)
-        else:
+        elif self.state.idle != "fusion":
             image = self.fusion(shallow, image, self.subset, dropped=self.dropped)
             if self.dropped is not None and text is not None and shallow_text is not None:
                 text = torch.where(self.dropped.view(-1, *[1] * (text.ndim - 1)), shallow_text, text)

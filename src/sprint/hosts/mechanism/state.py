@@ -38,7 +38,7 @@ class SprintState(nn.Module):
         self.weak_ran = False  # a call has taken the shallow path; no count, for which torch.compile would compile each call
         self.guider_path: Any = None  # the path that a guider of diffusers chose for the call that it prepared
         self.bypassed = False  # run the host as if it were not wrapped, for `check`
-        self.idle: Literal["middle", "encoder"] | None = None  # blocks that return what they get, for `check`
+        self.idle: Literal["middle", "encoder", "fusion"] | None = None  # what returns what it gets, for `check`
         self.masked: Masked | None = None  # nothing is gathered, and attention masked instead, for `check`
         self.route: Chosen = FULL
         self.latest: Chosen = self.route  # of the last forward pass
