@@ -19,8 +19,10 @@ from sprint.hosts.mechanism.bound import Stop
 from sprint.hosts.mechanism.guided import all_rows, strong_half, take
 from sprint.hosts.mechanism.keep import Keeper
 from sprint.hosts.mechanism.places import Place
+from sprint.hosts.mechanism.proof import is_doubtful, prove
 from sprint.hosts.mechanism.recompute import Debt, draws
-from sprint.hosts.mechanism.sides import hint, refuse_undeclared
+from sprint.hosts.mechanism.rows import watched
+from sprint.hosts.mechanism.sides import has_rows, hint, refuse_undeclared
 from sprint.hosts.mechanism.tables import Tables, versions_of
 from sprint.random import uniform
 
@@ -91,7 +93,7 @@ class Route:
                 take(place, named, self.strong, batch=len(self.shallow), model=self.model)
             if self.path == "sparse" and self.state.masked is None:
                 self._gather(place, named, entering=entering)
-            parts = place.parts(self._call(place, block, named, args, kwargs))
+            parts = place.parts(self._call(stop, block, named, args, kwargs))
             self._refuse_other_text(place, named, parts.get("text"))
         self.returned = place.blocks, parts["image"].shape[1]
         if index == last:
@@ -99,19 +101,37 @@ class Route:
         self.between = True
         return place.packed(parts)
 
-    def _call(self, place: Place, block: Callable[..., Any], named: dict[str, Any], args: tuple, kwargs: dict) -> Any:
+    def _call(self, stop: Stop, block: Callable[..., Any], named: dict[str, Any], args: tuple, kwargs: dict) -> Any:
+        place = stop.place
         if self.state.masked is not None and self.subset is not None:
             with self.state.masked.of(self.subset, self.order):
                 return place.call(block, named, args, kwargs)
         if self.path != "sparse" or torch.compiler.is_compiling():
             return place.call(block, named, args, kwargs)
         try:
-            return place.call(block, named, args, kwargs)
+            return self._proved(stop, block, named, args, kwargs)
         except (RuntimeError, ValueError, TypeError, AttributeError, AssertionError) as error:
             advice = hint(place, named, self.num_tokens or 0, shared=bool(getattr(self.drop, "shared", False)))
             if not advice:
                 raise
             raise RuntimeError(f"{type(error).__name__}: {error}\n{advice}") from error
+
+    def _proved(self, stop: Stop, block: Callable[..., Any], named: dict[str, Any], args: tuple, kwargs: dict) -> Any:
+        """Call a block, and prove what it did to tables without a batch, unless that is known."""
+        place, kind = stop.place, (stop.place.blocks.name, type(stop.block))
+        batch, tokens = len(named[place.image]), named[place.image]
+        if kind in self.state.proved or batch == 1 or not has_rows(place, named):
+            return place.call(block, named, args, kwargs)
+        with watched(is_doubtful) as doubts:
+            output = place.call(block, named, args, kwargs)
+        capturing = tokens.is_cuda and torch.cuda.is_current_stream_capturing()
+        if (
+            any(doubts)
+            and not capturing
+            and prove(lambda named: place.call(stop.block, named, args, kwargs), named, batch=batch, model=self.model)
+        ):
+            self.state.proved.add(kind)
+        return output
 
     def _in_order(self, index: int) -> None:
         if self.finished:

@@ -40,6 +40,7 @@ class SprintState(nn.Module):
         self.bypassed = False  # run the host as if it were not wrapped, for `check`
         self.idle: Literal["middle", "encoder", "fusion"] | None = None  # what returns what it gets, for `check`
         self.masked: Masked | None = None  # nothing is gathered, and attention masked instead, for `check`
+        self.proved: set[tuple[str, type]] = set()  # blocks of which it is known what meets the rows of tables
         self.route: Chosen = FULL
         self.latest: Chosen = self.route  # of the last forward pass
         self.held_by: list[int] = []  # the thread, as often as it is within a call or a `with path(...)`
