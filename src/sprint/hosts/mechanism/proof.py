@@ -6,16 +6,40 @@ another first sample: what holds the batch along axis 0 differs in its first row
 """
 
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
+from sprint.hosts.mechanism.bound import Stop
 from sprint.hosts.mechanism.guided import own_tensors
 from sprint.hosts.mechanism.holders import mapped
 from sprint.hosts.mechanism.rows import untold, watched
+from sprint.hosts.mechanism.sides import has_rows
+
+if TYPE_CHECKING:
+    from sprint.hosts.mechanism.state import SprintState
 
 NOISE = 0.01  # share of the first row's difference that others may have, as where precision is scaled for all of them
+
+
+def called(
+    state: "SprintState", model: nn.Module, stop: Stop, block: Any, named: dict[str, Any], args: Any, kwargs: Any
+) -> Any:
+    """Call a block, and prove what it did to tables that have a row set for each sample, unless that is known."""
+    place, kind, tokens = stop.place, (stop.place.blocks.name, type(stop.block)), named[stop.place.image]
+    if not state.doubts or kind in state.proved or len(tokens) == 1 or not has_rows(place, named):
+        return place.call(block, named, args, kwargs)
+    with watched(is_doubtful) as doubts:
+        output = place.call(block, named, args, kwargs)
+    if any(doubts) and not (tokens.is_cuda and torch.cuda.is_current_stream_capturing()):
+
+        def call(named: dict[str, Any]) -> Any:  # its hooks run too: they may be what gathers its weights
+            return place.call(stop.block, named, args, kwargs)
+
+        if prove(call, named, batch=len(tokens), model=model):
+            state.proved.add(kind)
+    return output
 
 
 def is_doubtful(tensor: Tensor) -> bool:

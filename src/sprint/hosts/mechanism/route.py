@@ -19,10 +19,9 @@ from sprint.hosts.mechanism.bound import Stop
 from sprint.hosts.mechanism.guided import all_rows, strong_half, take
 from sprint.hosts.mechanism.keep import Keeper
 from sprint.hosts.mechanism.places import Place
-from sprint.hosts.mechanism.proof import is_doubtful, prove
+from sprint.hosts.mechanism.proof import called
 from sprint.hosts.mechanism.recompute import Debt, draws
-from sprint.hosts.mechanism.rows import watched
-from sprint.hosts.mechanism.sides import has_rows, hint, refuse_undeclared
+from sprint.hosts.mechanism.sides import hint, refuse_undeclared
 from sprint.hosts.mechanism.tables import Tables, versions_of
 from sprint.random import uniform
 
@@ -109,29 +108,12 @@ class Route:
         if self.path != "sparse" or torch.compiler.is_compiling():
             return place.call(block, named, args, kwargs)
         try:
-            return self._proved(stop, block, named, args, kwargs)
+            return called(self.state, self.model, stop, block, named, args, kwargs)
         except (RuntimeError, ValueError, TypeError, AttributeError, AssertionError) as error:
             advice = hint(place, named, self.num_tokens or 0, shared=bool(getattr(self.drop, "shared", False)))
             if not advice:
                 raise
             raise RuntimeError(f"{type(error).__name__}: {error}\n{advice}") from error
-
-    def _proved(self, stop: Stop, block: Callable[..., Any], named: dict[str, Any], args: tuple, kwargs: dict) -> Any:
-        """Call a block, and prove what it did to tables without a batch, unless that is known."""
-        place, kind = stop.place, (stop.place.blocks.name, type(stop.block))
-        batch, tokens = len(named[place.image]), named[place.image]
-        if kind in self.state.proved or batch == 1 or not has_rows(place, named):
-            return place.call(block, named, args, kwargs)
-        with watched(is_doubtful) as doubts:
-            output = place.call(block, named, args, kwargs)
-        capturing = tokens.is_cuda and torch.cuda.is_current_stream_capturing()
-        if (
-            any(doubts)
-            and not capturing
-            and prove(lambda named: place.call(stop.block, named, args, kwargs), named, batch=batch, model=self.model)
-        ):
-            self.state.proved.add(kind)
-        return output
 
     def _in_order(self, index: int) -> None:
         if self.finished:
