@@ -6,6 +6,7 @@ another first sample: what holds the batch along axis 0 differs in its first row
 """
 
 from collections.abc import Callable, Iterator
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -20,24 +21,20 @@ from sprint.hosts.mechanism.sides import has_rows
 if TYPE_CHECKING:
     from sprint.hosts.mechanism.state import SprintState
 
+Call = Callable[[Any, dict[str, Any]], Any]  # of a block with its arguments by name
 NOISE = 0.01  # share of the first row's difference that others may have, as where precision is scaled for all of them
 
 
-def called(
-    state: "SprintState", model: nn.Module, stop: Stop, block: Any, named: dict[str, Any], args: Any, kwargs: Any
-) -> Any:
+def proved(call: Call, block: Any, named: dict[str, Any], *, stop: Stop, state: "SprintState", model: nn.Module) -> Any:
     """Call a block, and prove what it did to tables that have a row set for each sample, unless that is known."""
-    place, kind, tokens = stop.place, (stop.place.blocks.name, type(stop.block)), named[stop.place.image]
-    if not state.doubts or kind in state.proved or len(tokens) == 1 or not has_rows(place, named):
-        return place.call(block, named, args, kwargs)
+    kind, tokens = (stop.place.blocks.name, type(stop.block)), named[stop.place.image]
+    if not state.doubts or kind in state.proved or len(tokens) == 1 or not has_rows(stop.place, named):
+        return call(block, named)
     with watched(is_doubtful) as doubts:
-        output = place.call(block, named, args, kwargs)
+        output = call(block, named)
     if any(doubts) and not (tokens.is_cuda and torch.cuda.is_current_stream_capturing()):
-
-        def call(named: dict[str, Any]) -> Any:  # its hooks run too: they may be what gathers its weights
-            return place.call(stop.block, named, args, kwargs)
-
-        if prove(call, named, batch=len(tokens), model=model):
+        again = partial(call, stop.block)  # its hooks run too: they may be what gathers its weights
+        if prove(again, named, batch=len(tokens), model=model):
             state.proved.add(kind)
     return output
 

@@ -19,7 +19,7 @@ from sprint.hosts.mechanism.bound import Stop
 from sprint.hosts.mechanism.guided import all_rows, strong_half, take
 from sprint.hosts.mechanism.keep import Keeper
 from sprint.hosts.mechanism.places import Place
-from sprint.hosts.mechanism.proof import called
+from sprint.hosts.mechanism.proof import proved
 from sprint.hosts.mechanism.recompute import Debt, draws
 from sprint.hosts.mechanism.sides import hint, refuse_undeclared
 from sprint.hosts.mechanism.tables import Tables, versions_of
@@ -108,7 +108,11 @@ class Route:
         if self.path != "sparse" or torch.compiler.is_compiling():
             return place.call(block, named, args, kwargs)
         try:
-            return called(self.state, self.model, stop, block, named, args, kwargs)
+
+            def call(block: Any, named: dict[str, Any]) -> Any:
+                return place.call(block, named, args, kwargs)
+
+            return proved(call, block, named, stop=stop, state=self.state, model=self.model)
         except (RuntimeError, ValueError, TypeError, AttributeError, AssertionError) as error:
             advice = hint(place, named, self.num_tokens or 0, shared=bool(getattr(self.drop, "shared", False)))
             if not advice:
