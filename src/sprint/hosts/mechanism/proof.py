@@ -30,10 +30,12 @@ def proved(call: Call, block: Any, named: dict[str, Any], *, stop: Stop, state: 
     kind, tokens = (stop.place.blocks.name, type(stop.block)), named[stop.place.image]
     if not state.doubts or kind in state.proved or len(tokens) == 1 or not has_rows(stop.place, named):
         return call(block, named)
+    if any(hasattr(parameter, "placements") for parameter in stop.block.parameters()):
+        return call(block, named)  # FSDP gathers its weights at each call, and another rank may have no doubt
     with watched(is_doubtful) as doubts:
         output = call(block, named)
     if any(doubts) and not (tokens.is_cuda and torch.cuda.is_current_stream_capturing()):
-        again = partial(call, stop.block)  # its hooks run too: they may be what gathers its weights
+        again = partial(call, stop.block)
         if prove(again, named, batch=len(tokens), model=model):
             state.proved.add(kind)
     return output
