@@ -1,6 +1,7 @@
 """What a run says of itself: means of its losses in metrics.jsonl and in the trackers, and that they are finite."""
 
 import json
+import math
 import time
 from pathlib import Path
 from typing import Any
@@ -80,6 +81,16 @@ class Log:
         self.sums = {name: torch.tensor(v, device=device, dtype=torch.float64) for name, v in window["sums"].items()}
         self.counts = dict(window["counts"])
         if self.accelerator.is_main_process and self.file.exists():
-            lines = self.file.read_text(encoding="utf-8").splitlines()
-            kept = [line for line in lines if line.endswith("}") and json.loads(line)["step"] <= step]
+            lines = self.file.read_text(encoding="utf-8", errors="replace").splitlines()
+            kept = [line for line in lines if _step(line) <= step]
+            if damaged := [number for number, line in enumerate(lines, start=1) if math.isinf(_step(line))]:
+                print(f"{self.file}: line {damaged[0]} is damaged, and left out" + (" like others" if damaged[1:] else ""))
             write_text(self.file, "".join(f"{line}\n" for line in kept))
+
+
+def _step(line: str) -> float:
+    """Of an entry; infinity for what is none."""
+    try:
+        return int(json.loads(line)["step"])
+    except (ValueError, KeyError, TypeError):
+        return math.inf

@@ -37,6 +37,7 @@ from sprint.models.loading import load_model
 from sprint.models.recipe import Recipe
 from sprint.random import normal
 from sprint.training.parallel import leave
+from sprint.training.runs import FolderLock, sweep
 
 VAE_NAME = "stabilityai/sd-vae-ft-mse"
 GUIDANCE = ["none", "cfg", "pdg", "pdg-same"]
@@ -176,6 +177,11 @@ def draw(model: Any, vae: Any, numbers: list[int], args: argparse.Namespace, dev
     )  # fmt: skip
     if vae is not None:
         latents = vae.decode(latents, scale=args.latent_scale, shift=args.latent_shift)
+    if not latents.isfinite().all():
+        raise ValueError(
+            f"image {numbers[0]} or one of the {len(numbers)} drawn with it is not finite, and none is written: "
+            "weights, --latent-scale or --dtype do not fit"
+        )
     return to_uint8(latents).expand(-1, 3, -1, -1).cpu()  # grey ones too
 
 
@@ -185,19 +191,19 @@ def packed(args: argparse.Namespace) -> Path:
 
 
 def pack(args: argparse.Namespace) -> Path:
-    """All images in one file, as ADM's evaluator reads them: arr_0, (N, H, W, 3) uint8; by way of the disk."""
-    array = args.out.parent / f".{args.out.name}.npy.tmp"
-    first = np.array(Image.open(name(args, 0)))
-    images = np.lib.format.open_memmap(array, mode="w+", dtype=np.uint8, shape=(args.count, *first.shape))
-    for i in tqdm(range(args.count), desc="packing"):
-        images[i] = np.array(Image.open(name(args, i)))
-    images.flush()
-    whole = array.with_suffix(".npz")
-    with zipfile.ZipFile(whole, "w", zipfile.ZIP_STORED, allowZip64=True) as file:
-        file.write(array, "arr_0.npy")
-    array.unlink()
-    os.replace(whole, packed(args))
-    return packed(args)
+    """All images in one file, as ADM's evaluator reads them: arr_0, (N, H, W, 3) uint8; image by image."""
+    target, whole = packed(args), args.out / ".packing.tmp"  # in the folder that this process holds
+    header = {"descr": "|u1", "fortran_order": False, "shape": (args.count, *np.array(Image.open(name(args, 0))).shape)}
+    try:
+        with zipfile.ZipFile(whole, "w") as archive, archive.open("arr_0.npy", "w", force_zip64=True) as file:
+            np.lib.format.write_array_header_1_0(file, header)
+            for i in tqdm(range(args.count), desc="packing"):
+                file.write(np.array(Image.open(name(args, i))).tobytes())
+        os.replace(whole, target)
+    except OSError as error:
+        whole.unlink(missing_ok=True)
+        raise OSError(f"{target} could not be written ({error}): make room, and run the same command again") from error
+    return target
 
 
 def build(args: argparse.Namespace, device: torch.device) -> tuple[sprint.CapturedModel, VAE | None]:
@@ -228,8 +234,11 @@ def build(args: argparse.Namespace, device: torch.device) -> tuple[sprint.Captur
 def generate(args: argparse.Namespace, model: Any, vae: Any, state: PartialState) -> Path:
     """Draw what is missing, over all processes; returns the file that the main process packed."""
     guidance(args)
+    lock = None
     if state.is_main_process:
         agree(args)
+        lock = FolderLock(args.out, "is sampling into")
+        sweep(args.out)
     state.wait_for_everyone()
     missing = [i for i in range(args.count) if not name(args, i).exists()]
     state.wait_for_everyone()  # all have looked before anyone writes
@@ -241,7 +250,9 @@ def generate(args: argparse.Namespace, model: Any, vae: Any, state: PartialState
             Image.fromarray(image.permute(1, 2, 0).numpy()).save(file, format="PNG")
             write_bytes(name(args, index), file.getvalue())
     state.wait_for_everyone()
-    return pack(args) if state.is_main_process else packed(args)
+    file = pack(args) if lock else packed(args)
+    del lock
+    return file
 
 
 def main() -> None:

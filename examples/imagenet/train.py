@@ -11,8 +11,10 @@ import dataclasses
 import importlib.util
 import math
 import os
+import signal
 from collections.abc import Iterator
 from datetime import timedelta
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -123,8 +125,8 @@ def token_grid(config: Config, data: sprint.data.LatentDataset) -> tuple[int, in
 
 
 @torch.no_grad()
-def draw(config: Config, ema: torch.nn.Module, vae: Any, shape: tuple[int, ...], device: torch.device) -> torch.Tensor:
-    """Sixteen samples, uint8; all processes compute them, since with FSDP2 each holds a share of the model."""
+def draw(config: Config, ema: torch.nn.Module, vae: Any, shape: tuple[int, ...], device: Any, *, file: Path | None) -> None:
+    """Sixteen samples, into a file on the main process; all processes compute them, since with FSDP2 each holds a share of the model."""
     y = torch.arange(16, device=device) * config.num_classes // 16
     noise = normal((16, *shape), device=device, generator=torch.Generator().manual_seed(config.seed))
     guidance = sprint.PathDropGuidance(config.guidance_scale)
@@ -134,7 +136,9 @@ def draw(config: Config, ema: torch.nn.Module, vae: Any, shape: tuple[int, ...],
         )
     if vae is not None:
         latents = vae.decode(latents, scale=config.latent_scale, shift=config.latent_shift)
-    return to_uint8(latents)
+    if file is not None:
+        file.parent.mkdir(exist_ok=True)
+        save_grid(to_uint8(latents), file)
 
 
 def batches(loader: Any, config: Config, teacher: Teacher | None, device: torch.device) -> Iterator[list[torch.Tensor]]:
@@ -177,6 +181,26 @@ def introduce(run: Run, begin: int, plans: list[Batches], grid: tuple[int, int])
             )
 
 
+class Terminated:
+    """Whether this run was asked to end (SIGTERM, as schedulers send before they kill): it then saves and ends."""
+
+    def __init__(self) -> None:
+        self.asked = False
+        signal.signal(signal.SIGTERM, self._note)
+
+    def _note(self, *_: Any) -> None:
+        self.asked = True
+
+    def everywhere(self, accelerator: Accelerator, step: int) -> bool:
+        """Whether any process was asked; several look every tenth step, since to ask the others waits for the device."""
+        if accelerator.num_processes == 1:
+            return self.asked
+        if step % 10:
+            return False
+        asked: Any = accelerator.reduce(torch.tensor(float(self.asked), device=accelerator.device), "sum")
+        return asked.item() > 0
+
+
 def memory(device: torch.device) -> int:
     """Bytes of a device, or of this machine."""
     if device.type == "cuda":
@@ -204,6 +228,7 @@ def train(config: Config, accelerator: Accelerator) -> None:
     begin = last = run.resume(log, accelerator)
     if main:
         introduce(run, begin, plans, token_grid(config, data))
+    terminated = Terminated()
     bar = tqdm(initial=begin, total=schedule.steps, disable=not main, unit="step", dynamic_ncols=True)
     for plan in plans:
         if begin >= plan.end:
@@ -224,7 +249,9 @@ def train(config: Config, accelerator: Accelerator) -> None:
                 torch.manual_seed(seed_of(config.seed, done, call, share[0]))
                 log.add(step(*batch, drop=moment.drop), moment.batch // plan.accumulate)
             bar.update()
-            logs, saves = done % config.logging_steps == 0, done % config.checkpointing_steps == 0 or done == schedule.steps
+            ends = terminated.everywhere(accelerator, done)
+            logs = done % config.logging_steps == 0
+            saves = ends or done % config.checkpointing_steps == 0 or done == schedule.steps
             if logs or saves:
                 sums = log.check(done, last)
                 if logs:
@@ -233,11 +260,14 @@ def train(config: Config, accelerator: Accelerator) -> None:
                 if saves:
                     run.save(done, log.window(sums), accelerator)
                     last = done
+            if ends:
+                print(f"asked to end (SIGTERM): step {done} is saved, and the same command goes on from there")
+                leave()
+                raise SystemExit(128 + signal.SIGTERM)
             if config.sampling_steps and done % config.sampling_steps == 0:
-                images = draw(config, run.ema, vae, shape, device)
-                if main:
-                    (config.folder / "samples").mkdir(exist_ok=True)
-                    save_grid(images, config.folder / "samples" / f"{done:08d}.png")
+                draw(
+                    config, run.ema, vae, shape, device, file=config.folder / "samples" / f"{done:08d}.png" if main else None
+                )
     run.export(accelerator)
 
 

@@ -16,11 +16,14 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from sprint.arguments import checked
+
 PathLike = str | os.PathLike[str]
 
 _STATE = "sprint.state"  # metadata key that holds the structure of a training state
 
 
+@checked
 def write_tensors(path: PathLike, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> None:
     """Write tensors to a safetensors file atomically: a crash or a full disk leaves the old file as it was.
 
@@ -77,6 +80,7 @@ def _write(path: PathLike, fill: Callable[[str], Any]) -> None:
         raise
 
 
+@checked
 def read_tensors(path: PathLike) -> tuple[dict[str, Tensor], dict[str, str]]:
     """Read all tensors (on the CPU) and the metadata of a safetensors file.
 
@@ -105,6 +109,7 @@ def read_tensors(path: PathLike) -> tuple[dict[str, Tensor], dict[str, str]]:
         ) from error
 
 
+@checked
 def load_weights(
     module: nn.Module, tensors: Mapping[str, Tensor], *, source: str = "the state dictionary", assign: bool = False
 ) -> None:
@@ -140,6 +145,7 @@ def load_weights(
     module.load_state_dict(dict(tensors), assign=assign)
 
 
+@checked
 def save_state(path: PathLike, state: Mapping[str, Any]) -> None:
     """Write a nested training state atomically, for example `{"model": model.state_dict(), "step": 100}`.
 
@@ -155,6 +161,7 @@ def save_state(path: PathLike, state: Mapping[str, Any]) -> None:
     write_tensors(path, tensors, {_STATE: structure})
 
 
+@checked
 def load_state(path: PathLike) -> dict[str, Any]:
     """Read what `save_state` wrote, tensors on the CPU.
 

@@ -210,13 +210,13 @@ def test_compiles_without_graph_breaks(drop, grid):
 @pytest.mark.parametrize("drop", [RandomDrop, StructuredDrop])
 @pytest.mark.parametrize("ratio", [-0.1, 1.0, 1.5, float("nan")])
 def test_ratio_out_of_range(drop, ratio):
-    with pytest.raises(ValueError, match=r"in \[0, 1\), got .*: 0.75 keeps a quarter"):
+    with pytest.raises(ValueError, match=r"in \[0, 1\), got .*: 0.75 keeps a quarter|ratio of .* must be a number.*got nan"):
         drop(ratio)
 
 
 @pytest.mark.parametrize("drop", [RandomDrop, StructuredDrop])
 def test_ratio_of_another_type(drop):
-    with pytest.raises(TypeError, match="ratio must be a number.*got str"):
+    with pytest.raises(TypeError, match="ratio of .* must be a number.*got the text '0.75'"):
         drop("0.75")
 
 
@@ -246,8 +246,7 @@ def test_unreachable_ratios_name_their_neighbours():
         (lambda: StructuredDrop(0.75, multiple_of=8).cells((10, 10)), "are 25 tokens, no multiple of 8: leave multiple_of"),
         (lambda: StructuredDrop(0.75, multiple_of=8, strict=True).num_kept((10, 10)), "are 25 tokens, no multiple of 8"),
         (lambda: RandomDrop(0.75, multiple_of=8, strict=True).num_kept((10, 10)), "reached: 0.68 and 0.76"),
-        (lambda: StructuredDrop(0.75, multiple_of=0), "multiple_of must be a whole number.*got 0"),
-        (lambda: RandomDrop(0.75, multiple_of=8.0), "multiple_of must be a whole number.*got 8.0"),
+        (lambda: StructuredDrop(0.75, multiple_of=0), "multiple_of must be at least 1.*got 0"),
         (lambda: StructuredDrop(0.75).sample(1, ()), r"grid must be 1 to 3 positive whole sides.*got \(\)"),
         (lambda: RandomDrop(0.75).sample(1, (0, 4)), r"grid must be 1 to 3 positive whole sides.*got \(0, 4\)"),
     ],

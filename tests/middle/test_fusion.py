@@ -186,10 +186,13 @@ def test_state_dict_is_the_plain_form():
     ("options", "message"),
     [
         ({"path_drop": 1.1}, r"probability in \[0, 1\], got 1.1"),
-        ({"sources": "dense"}, "unknown sources 'dense': choose one of both, deep, shallow"),
-        ({"init": "zeros"}, "unknown init 'zeros': choose one of xavier, identity"),
+        (
+            {"sources": "dense"},
+            "sources of SparseDenseResidual must be one of 'both', 'deep', 'shallow', got the text 'dense'",
+        ),
+        ({"init": "zeros"}, "init of .* must be one of 'xavier', 'identity', got the text 'zeros'"),
         ({"init": "identity", "sources": "shallow"}, "use init='xavier'"),
-        ({"fill": "zeros"}, "unknown fill 'zeros': choose one of mask, shallow"),
+        ({"fill": "zeros"}, "fill of .* must be one of 'mask', 'shallow', got the text 'zeros'"),
         ({"fill": "shallow", "learnable_mask": True}, "instead of the mask token, and learnable_mask would train no token"),
         ({"fill": "shallow", "sources": "shallow"}, "and sources='shallow' has no deep half: leave it out"),
     ],

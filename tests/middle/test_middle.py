@@ -137,7 +137,7 @@ def test_tap_returns_the_tokens_after_that_block(middle, inputs):
 @pytest.mark.parametrize(
     ("route", "message"),
     [
-        ({"path": "dense"}, "unknown path 'dense': choose one of full, sparse, shallow"),
+        ({"path": "dense"}, "path of .* must be one of 'full', 'sparse', 'shallow' or None, got the text 'dense'"),
         ({"path": "sparse"}, "path='sparse' needs subset"),
         ({"path": "full", "subset": TokenSubset.from_keep(KEEP, 6)}, "path='full' takes no subset"),
         ({"path": "shallow", "subset": TokenSubset.from_keep(KEEP, 6)}, "path='shallow' takes no subset"),

@@ -128,7 +128,9 @@ def test_xformers_gets_its_own_layout(monkeypatch):
 
 def test_attention_back_ends_that_are_not_there(monkeypatch):
     model = SiT(CONFIG)
-    with pytest.raises(ValueError, match="unknown attention backend 'flash': choose one of sdpa, xformers"):
+    with pytest.raises(
+        ValueError, match="backend of SiT.set_attention must be one of 'sdpa', 'xformers', got the text 'flash'"
+    ):
         model.set_attention("flash")
     monkeypatch.setitem(sys.modules, "xformers", None)
     with pytest.raises(ImportError, match=r"pip install 'sprint-diffusion\[xformers\]', or use 'sdpa'"):

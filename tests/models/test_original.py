@@ -201,7 +201,7 @@ def test_what_cannot_be_converted():
         from_original(state | {"pos_embed": state["pos_embed"] + 1}, heads=2, num_classes=10)
     with pytest.raises(ValueError, match="has no tensor extra"):
         from_original(state | {"extra": torch.zeros(1)}, heads=2, num_classes=10)
-    with pytest.raises(ValueError, match="unknown kind 'uvit': choose one of sit, dit, repa"):
+    with pytest.raises(ValueError, match="kind of from_original must be one of 'sit', 'dit', 'repa', got the text 'uvit'"):
         from_original(state, heads=2, num_classes=10, kind="uvit")
     with pytest.raises(ValueError, match="has prediction='x', time_scale=1"):
         to_original(tiny(positions="sincos", qk_norm=False, prediction="x"))
@@ -212,5 +212,5 @@ def test_what_cannot_be_converted():
         ours.middle.fusion.proj.bias.add_(1)
     with pytest.raises(ValueError, match="the fusion was trained"):
         to_original(ours)
-    with pytest.raises(ValueError, match="unknown positions 'learned'"):
+    with pytest.raises(ValueError, match="positions of SiTConfig must be one of"):
         sprint.SiT.preset("S/2", positions="learned")

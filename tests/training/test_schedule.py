@@ -42,7 +42,7 @@ def test_a_single_stage():
         ({"batch": 0}, "at least 1"),
         ({"lr": 0.0}, "lr must be positive"),
         ({"warmup": 11}, "warmup must be 0 to 10"),
-        ({"decay": "step"}, "unknown decay 'step': choose one of constant, linear, cosine"),
+        ({"decay": "step"}, "decay of Stage must be one of 'constant', 'linear', 'cosine', got the text 'step'"),
     ],
 )
 def test_bad_stages(options, message):

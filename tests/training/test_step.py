@@ -254,14 +254,18 @@ def test_a_plain_step_on_a_cpu_is_silent():
     ("options", "error", "message"),
     [
         ({"clip": 0.0}, ValueError, "clip is the largest norm"),
-        ({"clip": "1"}, TypeError, "clip must be a number, got '1'"),
+        ({"clip": "1"}, TypeError, "clip of TrainStep must be a number or None, got the text '1'"),
         ({"accumulate": 0}, ValueError, "accumulate must be at least 1"),
-        ({"accumulate": 1.5}, ValueError, "accumulate must be at least 1 call per update, a whole number, got 1.5"),
+        ({"accumulate": 1.5}, TypeError, "accumulate of TrainStep must be a whole number, got 1.5"),
         ({"warmup": -1}, ValueError, "warmup must be a whole number, at least 1, got -1"),
         ({"limit": 0}, ValueError, "limit must be a whole number, at least 1"),
-        ({"ema_decay": "x"}, TypeError, "ema_decay must be a number"),
-        ({"autocast": "bf16"}, TypeError, "autocast must be a dtype such as torch.bfloat16.* got 'bf16'"),
-        ({"autocast": True}, TypeError, "autocast must be a dtype"),
+        ({"ema_decay": "x"}, TypeError, "ema_decay of TrainStep must be a number"),
+        (
+            {"autocast": "bf16"},
+            TypeError,
+            "autocast of TrainStep must be a dtype such as torch.bfloat16 or None, got the text 'bf16'",
+        ),
+        ({"autocast": True}, TypeError, "autocast of TrainStep must be a dtype"),
         ({"ema": tiny().double()}, ValueError, "of ema is .* torch.float64 cpu, of the model .* torch.float32 cpu"),
         ({"ema": tiny(in_channels=3)}, ValueError, "ema=copy.deepcopy"),
         ({"ema_decay": 1.0}, ValueError, "ema_decay must be in"),
@@ -283,15 +287,15 @@ def test_bad_models_and_losses():
         TrainStep(frozen, lambda model: None, torch.optim.SGD(frozen.parameters()))
     model = nn.Linear(2, 2)
     optimizer = torch.optim.SGD(model.parameters())
-    with pytest.raises(TypeError, match="optimizer must be one like .* got generator"):
+    with pytest.raises(TypeError, match="optimizer of TrainStep must be an Optimizer, got a generator"):
         TrainStep(model, lambda model: None, model.parameters())
-    with pytest.raises(TypeError, match="model must be a torch.nn.Module, got generator"):
+    with pytest.raises(TypeError, match="model of TrainStep must be a torch.nn.Module, got a generator"):
         TrainStep(model.parameters(), lambda model: None, optimizer)
     with pytest.raises(ValueError, match="the optimizer has no parameter of this model"):
         TrainStep(nn.Linear(2, 2), lambda model: None, optimizer)
     with pytest.raises(TypeError, match="got a dictionary with 'mse', 'size'"):
         TrainStep(model, lambda model: {"mse": 1, "size": 2}, optimizer)()
-    with pytest.raises(TypeError, match="loss must be a function"):
+    with pytest.raises(TypeError, match="loss of TrainStep must be a function"):
         TrainStep(model, 1.0, optimizer)
     with pytest.raises(ValueError, match="ema is not a copy of the model"):
         TrainStep(model, lambda model: None, optimizer, ema=model)

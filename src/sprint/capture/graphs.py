@@ -271,13 +271,13 @@ class Graphs:
 def check_counts(warmup: int, limit: int, *, least: int) -> None:
     """Raise ValueError unless these are numbers of calls and graphs."""
     for name, value, low in (("warmup", warmup, least), ("limit", limit, 1)):
-        if isinstance(value, bool) or not isinstance(value, int) or value < low:
+        if value < low:
             raise ValueError(f"{name} must be a whole number, at least {low}, got {value!r}")
 
 
-def check_autocast(dtype: Any) -> None:
+def check_autocast(dtype: torch.dtype | None) -> None:
     """Raise TypeError unless this is a dtype for products, or None."""
-    if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
+    if dtype is not None and not dtype.is_floating_point:
         raise TypeError(f"autocast must be a dtype such as torch.bfloat16, or None, got {dtype!r}")
 
 

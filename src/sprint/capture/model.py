@@ -12,11 +12,13 @@ from typing import Any
 import torch
 from torch import nn
 
+from sprint.arguments import checked
 from sprint.capture.compiling import compile_blocks
 from sprint.capture.graphs import LIMIT, WARMUP, Graph, Graphs, check_autocast, check_counts
 from sprint.capture.state import ModelState
 
 
+@checked
 class CapturedModel(nn.Module):
     """A model in `eval()` with compiled blocks and one CUDA graph for each shape and path; on a CPU, the model itself.
 
@@ -61,10 +63,6 @@ class CapturedModel(nn.Module):
         make_graph: Callable[[], Graph] | None = None,
     ) -> None:
         super().__init__()
-        if not isinstance(model, nn.Module):
-            raise TypeError(
-                f"model must be a torch.nn.Module, got {type(model).__name__}: a SiT, a wrapped model, or another"
-            )
         check_autocast(autocast)
         check_counts(warmup, limit, least=0)
         if model.training:

@@ -16,6 +16,7 @@ from dataclasses import dataclass, replace
 
 import torch
 
+from sprint.arguments import checked
 from sprint.costs.counting import PathCost, count
 from sprint.models.config import SiTConfig
 from sprint.models.sit import SiT
@@ -27,6 +28,7 @@ MEASURED = "measured here"
 UNRELIABLE = "measured here while other work took the machine: unreliable, measure again"
 
 
+@checked
 @dataclass(frozen=True)
 class Hardware:
     """Rates of a device in whole training steps, which are below those of its data sheet.

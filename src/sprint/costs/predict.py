@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from sprint.arguments import checked
 from sprint.costs.counting import PathCost
 from sprint.costs.hardware import H100, HERE, Hardware, find, present
 from sprint.costs.paths import of_sit, of_wrapped
@@ -26,6 +27,7 @@ from sprint.models.sit import SiT
 PAYS = 1.2  # an estimated gain below this is not worth a method
 
 
+@checked
 @dataclass(frozen=True)
 class Cost:
     """What `cost` found; prints as a table."""
@@ -182,6 +184,7 @@ class Cost:
         return "\n".join(lines + [f"  note: {note}" for note in self.notes])
 
 
+@checked
 def cost(
     model: nn.Module | str,
     *args: Any,

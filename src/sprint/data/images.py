@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from sprint.arguments import checked
 from sprint.checkpoint import PathLike
 
 if TYPE_CHECKING:
@@ -30,6 +31,7 @@ class Found(NamedTuple):
     """Files that are taken for no images: of other kinds, in no class folder, or hidden."""
 
 
+@checked
 def find_images(folder: PathLike) -> Found:
     """All images of a folder with one subfolder per class (ImageNet's layout), in a fixed order.
 
@@ -93,6 +95,7 @@ def center_crop(image: "Image.Image", size: int) -> "Image.Image":
     return image.crop((left, top, left + size, top + size))
 
 
+@checked
 class ImageFolder(Dataset[tuple[Tensor, int, str]]):
     """Cropped images as tensors; a file that cannot be read is reported, not raised.
 
@@ -121,16 +124,19 @@ class ImageFolder(Dataset[tuple[Tensor, int, str]]):
         return torch.from_numpy(np.array(image)).permute(2, 0, 1).contiguous(), label, ""
 
 
+@checked
 def to_unit(images: Tensor) -> Tensor:
     """uint8 in [0, 255] to float32 in [-1, 1], as VAEs and pixel models expect."""
     return images.to(torch.float32) / 127.5 - 1
 
 
+@checked
 def to_uint8(images: Tensor) -> Tensor:
     """[-1, 1] to uint8 in [0, 255], rounded and clamped."""
     return ((images.to(torch.float32) + 1) * 127.5).round().clamp(0, 255).to(torch.uint8)
 
 
+@checked
 def save_grid(images: Tensor, path: PathLike, *, columns: int | None = None) -> None:
     """Write (B, 3, H, W) uint8 images, or grey (B, 1, H, W) ones, as one PNG, row by row."""
     from PIL import Image

@@ -22,6 +22,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from sprint.arguments import checked
 from sprint.checkpoint import PathLike, write_bytes, write_tensors, write_text
 from sprint.data.vae import scaled
 from sprint.random import normal
@@ -32,6 +33,7 @@ INDEX = "index.json"
 ABOUT = "about.json"  # what the index says beside shapes and shards, in REPA's layout
 
 
+@checked
 def draw_latents(
     moments: Tensor,
     *,
@@ -66,6 +68,7 @@ def shard_name(number: int) -> str:
     return f"shard-{number:05d}.safetensors"
 
 
+@checked
 def write_shard(
     folder: PathLike,
     number: int,
@@ -92,6 +95,7 @@ def write_shard(
     write_tensors(Path(folder) / shard_name(number), tensors, metadata)
 
 
+@checked
 def write_index(folder: PathLike, numbers: Iterable[int], *, about: Mapping[str, Any] | None = None) -> dict[str, Any]:
     """Write the index of a finished dataset, which is what makes it one.
 
@@ -116,6 +120,7 @@ def write_index(folder: PathLike, numbers: Iterable[int], *, about: Mapping[str,
     return index
 
 
+@checked
 def write_repa(folder: PathLike, number: int, image: bytes | None, moments: Tensor) -> str:
     """Write one image of REPA's layout: `images/00000/img00000012.png`, `vae-sd/00000/img-mean-std-00000012.npy`.
 
@@ -140,6 +145,7 @@ def write_repa(folder: PathLike, number: int, image: bytes | None, moments: Tens
     return name
 
 
+@checked
 def write_repa_labels(
     folder: PathLike, labels: Sequence[tuple[str, int]], *, about: Mapping[str, Any] | None = None
 ) -> None:
@@ -158,6 +164,7 @@ def write_repa_labels(
         write_text(Path(folder) / "images" / "dataset.json", json.dumps({"labels": images}))
 
 
+@checked
 class LatentDataset(Dataset[tuple[Tensor, ...]]):
     """Moments and labels of a prepared dataset, of either layout.
 

@@ -10,9 +10,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from sprint.arguments import checked
+
 DINOV2_B = "vit_base_patch14_dinov2.lvd142m"
 
 
+@checked
 class Teacher(nn.Module):
     """Patch features of images, in the grid of the model that they teach.
 

@@ -10,11 +10,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from sprint.arguments import checked
 from sprint.checkpoint import PathLike
 
 KINDS = ("AutoencoderKL", "AutoencoderKLFlux2", "AutoencoderDC", "AutoencoderTiny")
 
 
+@checked
 class VAE(nn.Module):
     """Encodes images to moments of latents, and decodes latents.
 

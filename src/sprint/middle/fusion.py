@@ -8,16 +8,15 @@ once; the padded `(B, N, 2C)` tensor of the plain form is never built. The weigh
 """
 
 from abc import ABC, abstractmethod
-from typing import TYPE_CHECKING, Literal, get_args
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from sprint.arguments import checked
+from sprint.middle.tokens import TokenSubset
 from sprint.random import uniform
-
-if TYPE_CHECKING:
-    from sprint.middle.tokens import TokenSubset
 
 Sources = Literal["both", "deep", "shallow"]
 Init = Literal["xavier", "identity"]
@@ -100,14 +99,14 @@ class Fusion(nn.Module, ABC):
         """Initialise what it has."""
 
     @abstractmethod
-    def fuse(self, shallow: Tensor, deep: Tensor | None, subset: "TokenSubset | None", dropped: Tensor | None) -> Tensor:
+    def fuse(self, shallow: Tensor, deep: Tensor | None, subset: TokenSubset | None, dropped: Tensor | None) -> Tensor:
         """Join the tokens: arguments as of `forward`, checked and drawn."""
 
     def forward(
         self,
         shallow: Tensor,
         deep: Tensor | None = None,
-        subset: "TokenSubset | None" = None,
+        subset: TokenSubset | None = None,
         *,
         dropped: Tensor | None = None,
         generator: torch.Generator | None = None,
@@ -153,6 +152,7 @@ class Fusion(nn.Module, ABC):
         return self.fuse(shallow, deep, subset, dropped)
 
 
+@checked
 class SparseDenseResidual(Fusion):
     """SPRINT's fusion, `h = W [g_pad ; f] + b`.
 
@@ -186,14 +186,8 @@ class SparseDenseResidual(Fusion):
         fill: Fill = "mask",
     ) -> None:
         super().__init__(dim, path_drop=path_drop)
-        if sources not in get_args(Sources):
-            raise ValueError(f"unknown sources {sources!r}: choose one of {', '.join(get_args(Sources))}")
-        if init not in get_args(Init):
-            raise ValueError(f"unknown init {init!r}: choose one of {', '.join(get_args(Init))}")
         if init == "identity" and sources == "shallow":
             raise ValueError("init='identity' keeps the deep path, which sources='shallow' leaves out: use init='xavier'")
-        if fill not in get_args(Fill):
-            raise ValueError(f"unknown fill {fill!r}: choose one of {', '.join(get_args(Fill))}")
         if fill == "shallow" and (learnable_mask or sources == "shallow"):
             what = "sources='shallow' has no deep half" if sources == "shallow" else "learnable_mask would train no token"
             raise ValueError(f"fill='shallow' puts f in the deep half instead of the mask token, and {what}: leave it out")
@@ -212,7 +206,7 @@ class SparseDenseResidual(Fusion):
         else:
             nn.init.xavier_uniform_(self.proj.weight)
 
-    def fuse(self, shallow: Tensor, deep: Tensor | None, subset: "TokenSubset | None", dropped: Tensor | None) -> Tensor:
+    def fuse(self, shallow: Tensor, deep: Tensor | None, subset: TokenSubset | None, dropped: Tensor | None) -> Tensor:
         """`W_g g_pad + W_f f + b`; where the middle did not run or was lost, the fill stands for g."""
         if self.sources == "shallow":
             return self.proj(shallow)[0].to(shallow.dtype)  # the stream keeps its dtype under autocast
@@ -236,6 +230,7 @@ class SparseDenseResidual(Fusion):
         return f"dim={self.dim}, path_drop={self.path_drop}, sources={self.sources!r}{fill}"
 
 
+@checked
 class TokenRouting(Fusion):
     """Dropped tokens bypass the middle, without parameters (TREAD, arXiv 2501.04765): `h = g` where kept, `f` elsewhere.
 
@@ -250,11 +245,12 @@ class TokenRouting(Fusion):
     def __init__(self, dim: int, *, path_drop: float = 0.0) -> None:
         super().__init__(dim, path_drop=path_drop)
 
-    def fuse(self, shallow: Tensor, deep: Tensor | None, subset: "TokenSubset | None", dropped: Tensor | None) -> Tensor:
+    def fuse(self, shallow: Tensor, deep: Tensor | None, subset: TokenSubset | None, dropped: Tensor | None) -> Tensor:
         """`g` at the kept places, `f` elsewhere."""
         return _beside(shallow, deep, subset, dropped)
 
 
+@checked
 class MaskRestore(Fusion):
     """The mask token at dropped places and nothing else, `h = g_pad` (SPRINT's "deep only" ablation without its projection).
 
@@ -276,12 +272,12 @@ class MaskRestore(Fusion):
         with torch.no_grad():
             self.mask_token.copy_(0.02 * torch.randn(1, 1, self.dim))
 
-    def fuse(self, shallow: Tensor, deep: Tensor | None, subset: "TokenSubset | None", dropped: Tensor | None) -> Tensor:
+    def fuse(self, shallow: Tensor, deep: Tensor | None, subset: TokenSubset | None, dropped: Tensor | None) -> Tensor:
         """`g` at the kept places, the mask token elsewhere."""
         return _beside(self.mask_token.to(shallow.dtype).expand_as(shallow), deep, subset, dropped)
 
 
-def _beside(rest: Tensor, deep: Tensor | None, subset: "TokenSubset | None", dropped: Tensor | None) -> Tensor:
+def _beside(rest: Tensor, deep: Tensor | None, subset: TokenSubset | None, dropped: Tensor | None) -> Tensor:
     """The deep tokens at their places, and the rest elsewhere and in samples that lost them."""
     if deep is None:
         return rest

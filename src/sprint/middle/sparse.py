@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from sprint.arguments import checked
 from sprint.middle.fusion import Fusion
 from sprint.middle.tokens import TokenSubset
 
@@ -41,6 +42,7 @@ def run(
     return tokens, tapped
 
 
+@checked
 class SparseMiddle(nn.Module):
     """The middle blocks of a model as one block, with token dropping and fusion inside.
 
@@ -128,14 +130,10 @@ class SparseMiddle(nn.Module):
 
 
 def _resolve(path: Path | None, subset: TokenSubset | None) -> Path:
-    if subset is not None and not isinstance(subset, TokenSubset):
-        raise TypeError(
-            f"subset must be a TokenSubset, got {type(subset).__name__}: TokenSubset.from_keep(indices, num_tokens)"
-        )
     if path is None:
         return "full" if subset is None else "sparse"
-    if path not in get_args(Path):
-        raise ValueError(f"unknown path {path!r}: choose one of {', '.join(get_args(Path))}")
+    if path not in get_args(Path):  # also in compiled code, where arguments are not looked at
+        raise ValueError(f"path must be one of {', '.join(get_args(Path))}, got {path!r}")
     if (path == "sparse") != (subset is not None):
         raise ValueError(
             f"path={path!r} {'needs' if path == 'sparse' else 'takes no'} subset: "

@@ -8,7 +8,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from sprint.arguments import checked
 
+
+@checked
 @dataclass(frozen=True, eq=False)
 class TokenSubset:
     """The tokens that are kept, as indices; `gather` and `restore` are a pair that cannot be mismatched.
@@ -32,8 +35,6 @@ class TokenSubset:
     num_tokens: int
 
     def __post_init__(self) -> None:
-        if not isinstance(self.keep, Tensor):
-            raise TypeError(f"keep must be a tensor of indices, (B, K) int64, got {type(self.keep).__name__}")
         if self.keep.ndim != 2:
             raise ValueError(f"keep must have shape (B, K), got {tuple(self.keep.shape)}: pass one row per sample")
         if self.keep.dtype != torch.int64:

@@ -1,8 +1,9 @@
 """The sizes and options of a SiT, and the paper's four presets."""
 
 import dataclasses
-from typing import Literal, NamedTuple, TypedDict, get_args
+from typing import Literal, NamedTuple, TypedDict
 
+from sprint.arguments import checked
 from sprint.flow.interpolants import Prediction, check_prediction
 from sprint.middle.fusion import Sources
 
@@ -54,6 +55,7 @@ class Options(TypedDict, total=False):
     repa_depth: int | None
 
 
+@checked
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class SiTConfig:
     """Everything that defines a `SiT`; stored in its checkpoints.
@@ -126,8 +128,6 @@ class SiTConfig:
                 f"dim={self.dim} does not split into {self.heads} heads of a multiple of 4 channels, "
                 f"which axial rotary positions need: choose dim a multiple of {4 * self.heads}"
             )
-        if self.positions not in get_args(Positions):
-            raise ValueError(f"unknown positions {self.positions!r}: choose one of {', '.join(get_args(Positions))}")
         if not self.time_scale > 0:
             raise ValueError(f"time_scale must be positive, got {self.time_scale}")
         check_prediction(self.prediction)

@@ -5,6 +5,7 @@ from typing import Any
 
 import torch
 
+from sprint.arguments import checked
 from sprint.checkpoint import PathLike, load_state, load_weights, read_tensors
 from sprint.models import released
 from sprint.models.config import SiTConfig
@@ -12,6 +13,7 @@ from sprint.models.recipe import Recipe
 from sprint.models.sit import SiT
 
 
+@checked
 def load_model(path: PathLike, *, device: Any = None) -> SiT:
     """A model from a checkpoint.
 

@@ -22,11 +22,12 @@ trained.
 import math
 import re
 from collections.abc import Mapping
-from typing import Any, Literal, get_args
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
+from sprint.arguments import checked
 from sprint.middle.fusion import SparseDenseResidual
 from sprint.models.config import SiTConfig
 from sprint.models.layers import sincos_positions
@@ -41,6 +42,7 @@ _WRAPPERS = ("module.", "_orig_mod.")
 _DIT: dict[str, Any] = {"time_scale": 1000.0, "prediction": "noise"}
 
 
+@checked
 def from_original(
     tensors: Mapping[str, Tensor],
     *,
@@ -68,8 +70,6 @@ def from_original(
     Raises:
         ValueError: tensors that are no SiT or DiT.
     """
-    if kind not in get_args(Kind):
-        raise ValueError(f"unknown kind {kind!r}: choose one of {', '.join(get_args(Kind))}")
     tensors = _plain_names(tensors)
     needed = ("x_embedder.proj.weight", "pos_embed", _TIME, "y_embedder.embedding_table.weight", "final_layer.linear.weight")
     if missing := [name for name in needed if name not in tensors]:
@@ -123,6 +123,7 @@ def from_original(
     return model
 
 
+@checked
 def to_original(model: SiT, *, grid: tuple[int, int] = (16, 16)) -> dict[str, Tensor]:
     """The state dictionary of the original SiT for our model's full path, or of DiT for a model that predicts noise.
 

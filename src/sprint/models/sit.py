@@ -13,6 +13,7 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from sprint import checkpoint
+from sprint.arguments import checked
 from sprint.kernels.fused import Kernels, check_kernels
 from sprint.middle.fusion import SparseDenseResidual
 from sprint.middle.sparse import Path, SparseMiddle, run
@@ -54,6 +55,7 @@ class Aligned(NamedTuple):
     """The tokens that `repa` holds; None for all of them (full path, or a head that taps the encoder or decoder)."""
 
 
+@checked
 class SiT(nn.Module):
     """Scalable interpolant transformer with SPRINT's sparse middle. Predicts the velocity at time t (0 data, 1 noise).
 

@@ -16,7 +16,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from sprint.arguments import checked
 
+
+@checked
 class AdamW(torch.optim.Optimizer):
     """AdamW for `TrainStep`; on a GPU with Triton its update is one kernel per parameter, elsewhere plain code.
 

@@ -9,9 +9,11 @@ from collections.abc import Iterator
 import numpy as np
 import torch
 
+from sprint.arguments import checked
 from sprint.training.schedule import TwoStage
 
 
+@checked
 def seed_of(*keys: int) -> int:
     """One seed of several numbers (seed of the run, step, process), none negative, all its bits mixed.
 
@@ -23,6 +25,7 @@ def seed_of(*keys: int) -> int:
     return int(keyed.generate_state(1, np.uint64)[0] >> 1)
 
 
+@checked
 class DataOrder:
     """Samples by position: epoch after epoch, each in an order of its own.
 
@@ -54,6 +57,7 @@ class DataOrder:
         return taken
 
 
+@checked
 class Batches:
     """Index lists for the `batch_sampler` of a data loader: what one process sees from a step on, until another.
 

@@ -14,12 +14,14 @@ import torch.distributed as dist
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
+from sprint.arguments import checked
 from sprint.capture.compiling import blocks_of
 from sprint.models.layers import FinalLayer
 
 Mode = Literal["ddp", "fsdp"]
 
 
+@checked
 def distribute(model: nn.Module, mode: Mode = "ddp", *, dtype: torch.dtype | None = None) -> nn.Module:
     """Train a model on all processes of the default group; on a single process it is left as it is.
 
@@ -31,8 +33,6 @@ def distribute(model: nn.Module, mode: Mode = "ddp", *, dtype: torch.dtype | Non
     Returns:
         The model for the training step; with "fsdp" the same object, sharded in place.
     """
-    if mode not in ("ddp", "fsdp"):
-        raise ValueError(f"unknown mode {mode!r}: choose 'ddp' or 'fsdp'")
     if not dist.is_initialized() or dist.get_world_size() == 1:
         return model
     if mode == "ddp":

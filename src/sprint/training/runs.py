@@ -10,11 +10,49 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from sprint.arguments import checked
 from sprint.checkpoint import PathLike, load_state, save_state
 
-_HOLDERS: weakref.WeakValueDictionary[Path, "RunFolder"] = weakref.WeakValueDictionary()
+_HOLDERS: weakref.WeakValueDictionary[Path, "FolderLock"] = weakref.WeakValueDictionary()
 
 
+class FolderLock:
+    """A folder claimed for this process until it ends, however it ends, or lets go of this object.
+
+    A POSIX lock: unlike `flock`, it is not inherited by forked workers, which outlive a killed process by some seconds. It
+    is lost if this process itself opens and closes the folder's `.lock`, as in copying the whole folder.
+
+    Args:
+        folder: that is there.
+        doing: what its holder does, for the error: "is training in".
+
+    Raises:
+        ValueError: another process has it, or another object of this one.
+    """
+
+    def __init__(self, folder: PathLike, doing: str) -> None:
+        try:
+            import fcntl
+        except ImportError:  # Windows
+            return
+        place = Path(folder).resolve()
+        if _HOLDERS.setdefault(place, self) is not self:
+            raise ValueError(f"another part of this process {doing} {folder}: use its lock, or another folder")
+        self._file = (place / ".lock").open("w")
+        try:
+            fcntl.lockf(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except (BlockingIOError, PermissionError) as error:  # POSIX allows either
+            del _HOLDERS[place]
+            raise ValueError(f"another process {doing} {folder}: wait for it, stop it, or use another folder") from error
+
+
+def sweep(folder: PathLike) -> None:
+    """Delete what writing left of a process that was killed; only for the holder of the folder."""
+    for leftover in Path(folder).glob(".*.tmp"):
+        leftover.unlink(missing_ok=True)
+
+
+@checked
 class RunFolder:
     """Training states of one run, by step.
 
@@ -38,30 +76,8 @@ class RunFolder:
         self.folder.mkdir(parents=True, exist_ok=True)
 
     def lock(self) -> None:
-        """Claim the folder for this process until it ends, however it ends, or lets go of this object.
-
-        A POSIX lock: unlike `flock`, it is not inherited by forked workers, which outlive a killed process by some seconds.
-        It is lost if this process itself opens and closes the folder's `.lock`, as in copying the whole folder.
-
-        Raises:
-            ValueError: another process has it, or another object of this one.
-        """
-        try:
-            import fcntl
-        except ImportError:  # Windows
-            return
-        if _HOLDERS.setdefault(self.folder.resolve(), self) is not self:
-            raise ValueError(
-                f"another RunFolder of this process holds {self.folder.parent}: use that one, or another folder"
-            )
-        self._lock = (self.folder.parent / ".lock").open("w")
-        try:
-            fcntl.lockf(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except (BlockingIOError, PermissionError) as error:  # POSIX allows either
-            del _HOLDERS[self.folder.resolve()]
-            raise ValueError(
-                f"another process is training in {self.folder.parent}: wait for it, stop it, or use another folder"
-            ) from error
+        """Claim the folder for this process, until it ends or lets go of this object; see `FolderLock`."""
+        self._lock = FolderLock(self.folder.parent, "is training in")
 
     def path(self, step: int) -> Path:
         """Where the state of a step is."""
@@ -78,8 +94,7 @@ class RunFolder:
         Raises:
             OSError: it could not be written (a full disk); the older states are untouched.
         """
-        for leftover in self.folder.glob(".*.tmp"):  # of a process that was killed while it wrote
-            leftover.unlink(missing_ok=True)
+        sweep(self.folder)
         path = self.path(step)
         save_state(path, state)
         for old in [other for other in self.steps if other < step][: -self.keep + 1 or None]:
@@ -91,6 +106,6 @@ class RunFolder:
         for step in reversed(self.steps):
             try:
                 return step, load_state(self.path(step))
-            except ValueError as error:
+            except (ValueError, OSError) as error:  # broken, a dangling link, a folder
                 warnings.warn(f"{error}; going back to the one before", RuntimeWarning, stacklevel=2)
         return None

@@ -7,13 +7,15 @@ Everything is a function of the step alone, so that a resumed run needs no state
 
 import math
 from dataclasses import dataclass
-from typing import Literal, NamedTuple, get_args
+from typing import Literal, NamedTuple
 
+from sprint.arguments import checked
 from sprint.middle.drop import Drop
 
 Decay = Literal["constant", "linear", "cosine"]
 
 
+@checked
 @dataclass(frozen=True, kw_only=True)
 class Stage:
     """One stage of a run.
@@ -41,8 +43,6 @@ class Stage:
             raise ValueError(f"lr must be positive, got {self.lr}")
         if not 0 <= self.warmup <= self.steps:
             raise ValueError(f"warmup must be 0 to {self.steps} (the steps of its stage), got {self.warmup}")
-        if self.decay not in get_args(Decay):
-            raise ValueError(f"unknown decay {self.decay!r}: choose one of {', '.join(get_args(Decay))}")
 
     def rate(self, step: int) -> float:
         """Learning rate of a step of this stage, counted from 0."""
@@ -73,6 +73,7 @@ class Moment(NamedTuple):
     """Images seen before this step: the position in the data."""
 
 
+@checked
 @dataclass(frozen=True)
 class TwoStage:
     """Sparse pre-training, then full-token fine-tuning.

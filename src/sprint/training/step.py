@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
+from sprint.arguments import checked
 from sprint.capture.compiling import compile_blocks
 from sprint.capture.graphs import LIMIT, WARMUP, Graph, Graphs, check_autocast, check_counts
 from sprint.capture.state import ModelState, OptimizerState, Together
@@ -40,6 +41,7 @@ class StepOutput(NamedTuple):
     """Whether a CUDA graph did it."""
 
 
+@checked
 class TrainStep:
     """A training step for any model, loss function and optimizer.
 
