@@ -73,3 +73,25 @@ def test_samplers_and_losses_follow_it(tmp_path):
 def test_numbers_that_cannot_be():
     with pytest.raises(ValueError, match="latent_scale must be positive, got 0"):
         Recipe(latent_scale=0)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"latent_scale": float("inf")}, "latent_scale must be a finite number, got inf"),
+        ({"latent_scale": True}, "latent_scale must be a finite number, got True"),
+        ({"latent_side": 2.5}, "latent_side must be a whole number, at least 1, got 2.5"),
+        ({"latent_side": True}, "latent_side must be a whole number, at least 1, got True"),
+    ],
+)
+def test_values_of_another_kind(options, message):
+    with pytest.raises(ValueError, match=message):
+        Recipe(**options)
+
+
+def test_it_travels_in_the_reference_layout_too(tmp_path):
+    model = tiny()
+    model.recipe = RECIPE
+    model.to_reference(tmp_path / "reference.safetensors")
+    assert SiT.from_reference(tmp_path / "reference.safetensors").recipe == RECIPE
+    assert SiT.from_reference(model.to_reference()).recipe == Recipe()

@@ -176,7 +176,7 @@ def trajectory(
     check_conditions(y, len(noise))
     host = unwrapped(model)
     between, of_noise = understood(host, prediction, interpolant)
-    if any(getattr(part, "training", False) for part in (model, getattr(host, "model", None))):
+    if any(getattr(part, "training", False) for part in (model, host, getattr(host, "model", None))):
         raise ValueError(
             "the model is in training mode, where labels and paths are dropped at random: call model.eval() first"
         )

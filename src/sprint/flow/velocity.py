@@ -117,14 +117,10 @@ class Velocity(nn.Module):
         output = self.call(self.model, x, self.time(seen) if callable(self.time) else self.time * seen, y)
         output = prediction_in(output, self.model)[:, : self.channels]
         if output.shape != x.shape:
-            raise ValueError(
-                f"{type(self.model).__name__} returned {tuple(output.shape)} for x {tuple(x.shape)}"
-                + (
-                    ""
-                    if self.channels
-                    else f": for a model that returns a variance too, Velocity(model, channels={x.shape[1]})"
-                )
-            )
+            fix = f"for a model that returns a variance too, Velocity(model, channels={x.shape[1]})"
+            if output.shape[1] == x.shape[1]:
+                fix = "give x sides that its patch size divides"
+            raise ValueError(f"{type(self.model).__name__} returned {tuple(output.shape)} for x {tuple(x.shape)}: {fix}")
         if self.prediction == "v":
             return -output if self.reverse else output
         wide = torch.promote_types(x.dtype, torch.float32)
@@ -154,8 +150,20 @@ class Velocity(nn.Module):
         check_class_ids(labels, count)
 
     def around(self, model: nn.Module) -> "Velocity":
-        """Another model with the options of this one."""
-        return Velocity(model, **self._given)
+        """Another model of the same class, also compiled or wrapped, with the options of this one.
+
+        Raises:
+            ValueError: it is of another class, and options were given.
+        """
+        one, other = (type(held(each)) for each in (self.model, model))
+        if (one.__module__, one.__qualname__) == (other.__module__, other.__qualname__):
+            return Velocity(model, **self._given)
+        if self._given:
+            raise ValueError(
+                f"this Velocity was made of a {one.__name__} with options of its own ({', '.join(self._given)}), which may "
+                f"be wrong for a {other.__name__}: give that one as sprint.Velocity(model, …), with its options"
+            )
+        return Velocity(model)
 
     def options(self) -> dict[str, Any]:
         """The options that it was made with, as a file can hold them: `Velocity(model, **options)` makes the same again.

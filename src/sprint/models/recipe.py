@@ -3,6 +3,7 @@
 import dataclasses
 import json
 
+from sprint.flow.inputs import check_count, check_number
 from sprint.flow.interpolants import get_interpolant
 
 FORMAT = 1  # of the files; a newer one is refused
@@ -32,10 +33,10 @@ class Recipe:
     def __post_init__(self) -> None:
         if self.interpolant is not None:
             get_interpolant(self.interpolant)
-        for name in ("latent_scale", "latent_side"):
-            value = getattr(self, name)
-            if value is not None and not value > 0:
-                raise ValueError(f"{name} must be positive, got {value}")
+        if self.latent_scale is not None:
+            check_number("latent_scale", self.latent_scale, positive=True)
+        if self.latent_side is not None:
+            check_count("latent_side", self.latent_side)
 
     def to_json(self) -> str:
         """As a file holds it."""
