@@ -2,6 +2,7 @@
 
 import dis
 import functools
+import inspect
 import sys
 import types
 from collections.abc import Iterator, Mapping
@@ -104,7 +105,7 @@ def _behind(part: Any, names: frozenset[str]) -> Iterator[tuple[Any, frozenset[s
 
 
 def _code(function: Any) -> types.CodeType | None:
-    return getattr(function, "__code__", None)
+    return getattr(inspect.unwrap(function), "__code__", None) if callable(function) else None
 
 
 @functools.lru_cache(maxsize=1024)

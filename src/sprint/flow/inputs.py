@@ -24,9 +24,10 @@ def check_times(t: Tensor) -> None:
         )
 
 
-def check_class_ids(y: Tensor, count: int) -> None:
-    """Raise ValueError for class ids outside of 0 to count, the last being the null class (this waits for the device)."""
-    if y.numel() == 0:
+def check_class_ids(y: Tensor, count: int, *, wait: bool) -> None:
+    """Raise ValueError for class ids outside of 0 to count, the last being the null class; on other devices than the CPU
+    only with `wait`, since it waits for them."""
+    if y.numel() == 0 or not (wait or readable(y)):
         return
     low, high = int(y.min()), int(y.max())
     if low < 0 or high > count:

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from sprint.flow.conventions import CONVENTIONS, Convention, known, prediction_in
 from sprint.flow.holders import called, held
-from sprint.flow.inputs import check_class_ids, check_times, readable
+from sprint.flow.inputs import check_class_ids, check_times
 from sprint.flow.interpolants import Interpolant, Prediction, check_prediction, get_interpolant
 
 
@@ -111,8 +111,7 @@ class Velocity(nn.Module):
             ValueError: the model returned another shape; times or class ids out of range, looked at on a CPU.
         """
         check_times(t)
-        if readable(t):
-            self.check_condition(y)
+        self.check_condition(y, wait=False)
         seen = 1 - t if self.reverse else t
         output = self.call(self.model, x, self.time(seen) if callable(self.time) else self.time * seen, y)
         output = prediction_in(output, self.model)[:, : self.channels]
@@ -139,15 +138,16 @@ class Velocity(nn.Module):
             )
         return self.null(held(self.model), batch)
 
-    def check_condition(self, y: Any) -> None:
-        """Raise ValueError for class ids out of the range of a model that takes some (this waits for the device)."""
+    def check_condition(self, y: Any, *, wait: bool = True) -> None:
+        """Raise ValueError for class ids out of the range of a model that takes some; it waits for the device, or without
+        `wait` looks at values on the CPU only."""
         count = self._convention.classes(held(self.model))
         labels = y.get("class_labels", y.get("y")) if isinstance(y, Mapping) else y
         if count is None or not isinstance(labels, Tensor):
             return
         if labels.ndim != 1 or labels.is_floating_point():
             raise ValueError(f"y must be (B,) int64 class ids, got {tuple(labels.shape)} {labels.dtype}")
-        check_class_ids(labels, count)
+        check_class_ids(labels, count, wait=wait)
 
     def around(self, model: nn.Module) -> "Velocity":
         """Another model of the same class, also compiled or wrapped, with the options of this one.

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from sprint.flow.inputs import check_class_ids, check_times, readable
+from sprint.flow.inputs import check_class_ids, check_times
 from sprint.models.config import SiTConfig
 
 
@@ -42,14 +42,14 @@ def check_inputs(config: SiTConfig, x: Tensor, t: Tensor, y: Tensor | None, *, l
                     f"{name} is {tensor.dtype}, the model {like.dtype}: convert one with .to(dtype), or use torch.autocast"
                 )
     check_times(t)
-    if y is not None and readable(t):
-        check_classes(config, y)
+    if y is not None:
+        check_classes(config, y, wait=False)
 
 
-def check_classes(config: SiTConfig, y: Tensor) -> None:
-    """Raise ValueError for class ids out of range, on any device (this waits for the device)."""
+def check_classes(config: SiTConfig, y: Tensor, *, wait: bool = True) -> None:
+    """Raise ValueError for class ids out of range, on any device (this waits for the device), or only on the CPU."""
     if config.num_classes is not None:
-        check_class_ids(y, config.num_classes)
+        check_class_ids(y, config.num_classes, wait=wait)
 
 
 def _check_condition(config: SiTConfig, y: Tensor | None, batch: int) -> None:
