@@ -2,6 +2,7 @@
 
 import copy
 import functools
+import types
 
 import hosts
 import pytest
@@ -446,3 +447,14 @@ def test_conditions_and_times_that_do_not_fit_are_refused_alike():
 def test_values_that_are_none(make, error, message):
     with pytest.raises(error, match=message):
         make()
+
+
+def test_a_model_may_say_what_it_predicts_by_a_property():
+    class Said(hosts.DiT):
+        @property
+        def config(self):
+            return types.SimpleNamespace(prediction="noise")
+
+    for model in (Said().eval(), Holder(Said()).eval()):
+        with pytest.raises(ValueError, match="prediction='v', but this model predicts 'noise'"):
+            sprint.sample(model, X)

@@ -154,7 +154,8 @@ def _labels(model: Any, batch: int) -> Tensor:
 
 
 def _classes(model: Any) -> int | None:
-    return getattr(getattr(model, "y_embedder", None), "num_classes", None)
+    count = getattr(getattr(model, "y_embedder", None), "num_classes", None)
+    return count if isinstance(count, int) else None
 
 
 by_name = _named()

@@ -118,7 +118,8 @@ class FlowMatchingLoss:
     """Mean squared error of the velocity at a random time, with optional token dropping and REPA.
 
     Args:
-        interpolant: "linear", "cosine", "ddpm", or an `Interpolant`; by default that of the `Velocity`, or linear.
+        interpolant: "linear", "cosine", "ddpm", or an `Interpolant`; by default that of the `Velocity` or of the model's
+            recipe, or linear.
         time: "uniform", "lognormal", or a distribution such as `ShiftedTime(3.0)`.
         prediction: what the model predicts: "v", or "x" or "noise", which are converted exactly, so that the loss is the
             velocity's in each case ("x" needs t > 0, "noise" needs t < 1; a time at that end gives an infinite loss).

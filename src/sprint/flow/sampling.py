@@ -242,7 +242,7 @@ def sample(
         steps: at least 1.
         times: decreasing times from at most 1 to at least 0, instead of the solver's grid for `steps`.
         interpolant: the one the model was trained with, "linear", "cosine", "ddpm" or an `Interpolant`; by default that of
-            the `Velocity`, or linear.
+            the `Velocity` or of the model's recipe, found also behind functions and holders (docs/velocity.md), or linear.
         prediction: what the model predicts, "v", "x" or "noise". A noise prediction says nothing at t = 1, where the data's
             weight is 0, so its default grid starts at 0.999.
         generator: for the noise of the SDE; one, or one per sample, so that no sample depends on its batch.

@@ -255,7 +255,7 @@ def _agreed(model: Any, prediction: Prediction, interpolant: str | Interpolant |
             )
     said: list[tuple[Interpolant, str]] = []
     for part in speaking:
-        between = part.interpolant if isinstance(part, Velocity) else getattr(vars(part).get("recipe"), "interpolant", None)
+        between = part.interpolant if isinstance(part, Velocity) else getattr(_own(part, "recipe"), "interpolant", None)
         if between is not None and not any(_same(get_interpolant(between), other) for other, _ in said):
             way = f"Velocity is on the {between}" if isinstance(part, Velocity) else f"model was trained with {between!r}"
             said.append((get_interpolant(between), way))
@@ -291,16 +291,21 @@ def _speaking(module: nn.Module) -> Iterator[Any]:
     if isinstance(module, Velocity):
         yield module
         return
-    if "recipe" in vars(module) or _predicts(module) is not None:
+    if _own(module, "recipe") is not None or _predicts(module) is not None:
         yield module
     for child in module.children():
         yield from _speaking(child)
 
 
+def _own(module: nn.Module, name: str) -> Any:
+    """An attribute of this very module or its class, without a search of its parameters and of what it passes on."""
+    return getattr(module, name) if name in vars(module) or hasattr(type(module), name) else None
+
+
 def _predicts(part: Any) -> str | None:
     if isinstance(part, Velocity):
         return "v"
-    said = getattr(vars(part).get("config"), "prediction", None)
+    said = getattr(_own(part, "config"), "prediction", None)
     return said if said in get_args(Prediction) else None
 
 
