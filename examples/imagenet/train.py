@@ -126,7 +126,7 @@ def token_grid(config: Config, data: sprint.data.LatentDataset) -> tuple[int, in
 
 @torch.no_grad()
 def draw(config: Config, ema: torch.nn.Module, vae: Any, shape: tuple[int, ...], device: Any, *, file: Path | None) -> None:
-    """Sixteen samples, into a file on the main process; all compute them, since with FSDP2 each holds a share of the model."""
+    """Sixteen samples, into a file on the main process; all compute them: with FSDP2 each holds a share."""
     y = torch.arange(16, device=device) * config.num_classes // 16
     noise = normal((16, *shape), device=device, generator=torch.Generator().manual_seed(config.seed))
     guidance = sprint.PathDropGuidance(config.guidance_scale)

@@ -1,6 +1,8 @@
 """`Velocity`: conventions against hand-written ones, what it refuses, and what takes it."""
 
 import copy
+import functools
+import types
 
 import hosts
 import pytest
@@ -276,3 +278,183 @@ def test_times_that_a_loss_draws_are_inside():
     for solver in (3, None, sprint.Heun):
         with pytest.raises(TypeError, match="solver must be one of euler, heun, sde, a scheduler of diffusers or a Solver"):
             sprint.sample(noisy(), X, solver=solver)
+
+
+def within_a_function():
+    velocity = noisy()
+    return lambda x, t: velocity(x, t).clone()
+
+
+def of_a_task(task):
+    return lambda x, t: task.velocity(x, t).clone()
+
+
+class Task:
+    """Someone's object with models."""
+
+    def __init__(self):
+        self.velocity, self.nets = noisy(), {"ema": noisy()}
+        self.other = Velocity(hosts.DiT().eval(), prediction="v")
+
+    def denoise(self, x, t):
+        return self.velocity(x, t)
+
+    @torch.no_grad()
+    def guessed(self, x, t):
+        return self.velocity(x, t)
+
+    def __call__(self, x, t):
+        return self.nets["ema"](x, t)
+
+
+class Unregistered(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.nets = [noisy()]
+
+    def forward(self, x, t):
+        return self.nets[0](x, t)
+
+
+HELD = {
+    "lambda": within_a_function(),
+    "decorated": torch.no_grad()(within_a_function()),
+    "partial": functools.partial(noisy()),
+    "forward": noisy().forward,
+    "default": lambda x, t, model=noisy(): model(x, t),  # noqa: B008
+    "method": Task().denoise,
+    "object": Task(),
+    "decorated method": Task().guessed,
+    "attribute": of_a_task(Task()),
+    "unregistered": Unregistered().eval(),
+}
+
+
+@pytest.mark.parametrize("model", HELD.values(), ids=HELD)
+def test_what_calls_a_velocity_is_of_its_interpolant(model):
+    assert sprint.sample(model, X, steps=3).equal(sprint.sample(noisy(), X, steps=3))
+    options = {"noise": torch.randn_like(X), "t": T}
+    assert FlowMatchingLoss()(model, X, **options).loss.equal(FlowMatchingLoss()(noisy(), X, **options).loss)
+    with pytest.raises(ValueError, match="prediction='noise', but a Velocity gives velocities"):
+        sprint.sample(model, X, prediction="noise")
+    with pytest.raises(ValueError, match="interpolant=Cosine.*, but this Velocity is on the DDPM"):
+        FlowMatchingLoss(interpolant="cosine")(model, X)
+
+
+def test_models_of_several_interpolants_ask_for_one():
+    one, two = noisy(), Velocity(hosts.DiT().eval(), prediction="v")
+    for model in (Pair(one, two).eval(), lambda x, t: one(x, t) + two(x, t)):
+        with pytest.raises(ValueError, match="several models of different interpolants .*DDPM.* and one .*Linear"):
+            sprint.sample(model, X)
+        assert sprint.sample(model, X, interpolant="ddpm", steps=2).isfinite().all()
+        with pytest.raises(ValueError, match="interpolant='cosine', but this Velocity is on"):
+            sprint.sample(model, X, interpolant="cosine")
+
+
+class Pair(nn.Module):
+    def __init__(self, one, two):
+        super().__init__()
+        self.one, self.two = one, two
+
+    def forward(self, x, t):
+        return self.one(x, t) + self.two(x, t)
+
+
+def test_a_model_that_says_how_it_was_trained_is_heard_through_what_holds_it():
+    model = tiny(prediction="noise").eval()
+    model.recipe = sprint.models.Recipe(interpolant="cosine")
+    x, y = torch.randn(2, 4, 8, 8), torch.tensor([1, 2])
+    options = {"y": y, "steps": 2, "prediction": "noise"}
+    expected = sprint.sample(model, x, **options)
+    for around in (Holder(model).eval(), lambda x, t, y: model(x, t, y).clone(), functools.partial(model, path="full")):
+        assert sprint.sample(around, x, **options).equal(expected)
+        with pytest.raises(ValueError, match="prediction='v', but this model predicts 'noise': pass prediction='noise'"):
+            sprint.sample(around, x, y=y)
+    assert Velocity(Holder(model), prediction="noise").interpolant is model_interpolant("cosine")
+    with pytest.raises(ValueError, match="interpolant='linear', but this model was trained with 'cosine'"):
+        Velocity(Holder(model), prediction="noise", interpolant="linear")
+    with pytest.raises(ValueError, match="prediction='noise', but a Velocity gives velocities"):
+        Velocity(Holder(noisy()), prediction="noise")
+
+
+def model_interpolant(name):
+    return sprint.flow.interpolants.INTERPOLANTS[name]
+
+
+def test_interpolants_of_ones_own_are_told_apart_by_what_they_hold():
+    class Power(sprint.LinearInterpolant):
+        def __init__(self, power):
+            self.power = power
+
+    velocity = Velocity(hosts.DiT().eval(), prediction="v", interpolant=Power(2))
+    assert sprint.sample(velocity, X, interpolant=Power(2), steps=1).isfinite().all()
+    with pytest.raises(ValueError, match="but this Velocity is on the Power"):
+        sprint.sample(velocity, X, interpolant=Power(3))
+
+
+def test_partials_and_forwards_are_the_model_itself():
+    model, x, y = tiny(), torch.randn(2, 4, 8, 8), torch.tensor([1, 2])
+    for around in (model.forward, functools.partial(model, path="full")):
+        with pytest.raises(ValueError, match="in training mode"):
+            sprint.sample(around, x, y=y)
+    expected = FlowMatchingLoss()(model, x, y=y, drop=StructuredDrop(0.75), generator=torch.Generator().manual_seed(0))
+    again = FlowMatchingLoss()(model.forward, x, y=y, drop=StructuredDrop(0.75), generator=torch.Generator().manual_seed(0))
+    assert again.loss.equal(expected.loss)
+
+
+def test_conditions_and_times_that_do_not_fit_are_refused_alike():
+    outside, dit = (lambda batch, interpolant, **_: torch.full((batch,), 300.0)), Velocity(hosts.DiT(), prediction="v")
+    x, y = torch.randn(2, 4, 8, 8), torch.tensor([1, 2])
+    for call in (
+        lambda: FlowMatchingLoss(time=outside)(tiny(), x, y=y),
+        lambda: FlowMatchingLoss(time=outside)(dit, X),
+        lambda: FlowMatchingLoss(time=outside)(hosts.DiT(), X),
+        lambda: dit(X, torch.tensor([0.5, 300.0])),
+    ):
+        with pytest.raises(ValueError, match="t holds times from .* to 300, expected 0"):
+            call()
+    for call in (
+        lambda y: FlowMatchingLoss()(dit, X, y=y),
+        lambda y: sprint.sample(Velocity(hosts.DiT().eval(), prediction="v"), X, y=y),
+    ):
+        with pytest.raises(ValueError, match="y holds 1 conditions for 2 samples: give one per sample"):
+            call(Y[:1])
+        with pytest.raises(ValueError, match=r"y of y is \(1, 3\), one condition for 2 samples.*y.expand\(2, -1\)"):
+            call({"y": torch.ones(1, 3)})
+        with pytest.raises(ValueError, match="mask of y is .* one condition for 2 samples"):
+            call({"added": {"mask": torch.ones(1)}})
+    with pytest.raises(ValueError, match="y holds class ids from 3 to 11, expected 0 to 9"):
+        Velocity(Original(), like="DiT")(X, T, torch.tensor([3, 11]))
+
+
+@pytest.mark.parametrize(
+    ("make", "error", "message"),
+    [
+        (lambda: sprint.sample(noisy(), X, steps=True), ValueError, "steps must be a whole number, at least 1, got True"),
+        (lambda: sprint.sample(noisy(), X, steps="3"), ValueError, "steps must be a whole number, at least 1, got '3'"),
+        (lambda: Velocity(hosts.DiT(), prediction=""), ValueError, "unknown prediction ''"),
+        (lambda: Velocity(hosts.DiT(), prediction="v", interpolant=""), ValueError, "unknown interpolant ''"),
+        (lambda: FlowMatchingLoss(repa_weight=float("nan")), ValueError, "repa_weight must be a finite number, got nan"),
+        (lambda: FlowMatchingLoss(repa_weight=True), ValueError, "repa_weight must be a finite number, got True"),
+        (lambda: FlowMatchingLoss(time=sprint.UniformTime), TypeError, r"such as UniformTime\(\), got <class"),
+        (lambda: FlowMatchingLoss(time=0.5), TypeError, r"time must be a distribution of times, .* got 0.5"),
+        (lambda: sprint.ShiftedTime(3.0, sprint.UniformTime), TypeError, r"base must be a distribution of times"),
+        (lambda: sprint.ShiftedTime(float("inf")), ValueError, "shift must be a finite number, got inf"),
+        (lambda: sprint.LogNormalTime(float("nan")), ValueError, "mean must be a finite number, got nan"),
+        (lambda: PathDropGuidance(True), TypeError, "scale must be a number.* got bool"),
+    ],
+)  # fmt: skip
+def test_values_that_are_none(make, error, message):
+    with pytest.raises(error, match=message):
+        make()
+
+
+def test_a_model_may_say_what_it_predicts_by_a_property():
+    class Said(hosts.DiT):
+        @property
+        def config(self):
+            return types.SimpleNamespace(prediction="noise")
+
+    for model in (Said().eval(), Holder(Said()).eval()):
+        with pytest.raises(ValueError, match="prediction='v', but this model predicts 'noise'"):
+            sprint.sample(model, X)

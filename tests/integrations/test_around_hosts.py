@@ -225,3 +225,16 @@ def test_variants_shards_and_subfolders(tmp_path, caplog):
     model.save_pretrained(tmp_path / "bin", safe_serialization=False)
     with pytest.raises(FileNotFoundError, match=r"there is diffusion_pytorch_model.bin: .*safe_serialization=True"):
         from_pretrained(kind, tmp_path / "bin")
+
+
+@pytest.mark.parametrize("fill", ["mask", "shallow"])
+def test_peft_trains_all_of_the_fusion_unless_its_mask_token_is_frozen_again(fill):
+    peft = pytest.importorskip("peft")
+    model = sprint.wrap(CASES["sd3"]()[0], fill=fill)
+    adapted = peft.get_peft_model(model, peft.LoraConfig(target_modules=["to_q"], modules_to_save=["sprint"]))
+    trained = {key.split(".")[-1] for key, p in adapted.named_parameters() if p.requires_grad and "fusion" in key}
+    assert trained == {"weight", "bias"} | ({"mask_token"} if fill == "mask" else set())
+    if fill == "mask":
+        model.sprint.fusion.mask_token.requires_grad_(False)
+        frozen = [p for key, p in adapted.named_parameters() if "modules_to_save" in key and "mask_token" in key]
+        assert [p.requires_grad for p in frozen] == [False]

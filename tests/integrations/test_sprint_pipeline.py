@@ -110,7 +110,7 @@ def test_dtype_and_device_of_our_model(tmp_path):
 
 def test_bad_input(tmp_path):
     pipe = pipeline()
-    with pytest.raises(ValueError, match="num_inference_steps must be 1 or more, got 0"):
+    with pytest.raises(ValueError, match="num_inference_steps must be a whole number, at least 1, got 0"):
         pipe(Y, size=(8, 8), num_inference_steps=0)
     with pytest.raises(ValueError, match=r"labels must be \(B,\) int64 class ids, or a list .*, got \(3,\) torch.float32"):
         pipe(Y.float(), size=(8, 8))
@@ -127,3 +127,102 @@ def test_bad_input(tmp_path):
     (tmp_path / "model_index.json").write_text('{"_class_name": "DiTPipeline"}')
     with pytest.raises(ValueError, match="holds a DiTPipeline, expected a SprintPipeline"):
         SprintPipeline.from_pretrained(tmp_path)
+
+
+DDPM = {"beta_start": 1e-4, "beta_end": 0.02, "beta_schedule": "linear", "clip_sample": False}
+SAID = {"prediction": "v", "interpolant": "ddpm", "time": 1000}
+
+
+def dit():
+    return CASES["dit"]()[0].eval()
+
+
+def lora(model, **options):
+    peft = pytest.importorskip("peft")
+    return peft.get_peft_model(model, peft.LoraConfig(target_modules=["to_q"]), **options).eval()
+
+
+def compiled(model):
+    return torch.compile(model, backend="eager")
+
+
+def of_dit(transformer):
+    pipe = SprintPipeline(transformer, diffusers.DDIMScheduler(**DDPM))
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+def latents_of(pipe):
+    return pipe([1, 2, 3], size=(8, 8), latents=NOISE, num_inference_steps=2, output_type="latent")
+
+
+@pytest.mark.parametrize("change", [compiled, lora, lambda _: sprint.wrap(dit()), lambda model: lora(model, mixed=True)])
+def test_a_replaced_transformer_of_the_same_model_keeps_the_options(change):
+    expected = latents_of(of_dit(sprint.Velocity(dit(), **SAID)))
+    pipe = of_dit(sprint.Velocity(dit(), **SAID))
+    pipe.transformer = change(pipe.transformer)
+    assert latents_of(pipe).equal(expected)
+    assert latents_of(of_dit(sprint.Velocity(change(dit()), **SAID))).equal(expected)
+
+
+def test_a_replaced_transformer_of_another_class_is_refused_or_says_its_own():
+    pipe = of_dit(sprint.Velocity(dit(), **SAID))
+    other = CASES["pixart"]()[0].eval()
+    pipe.transformer = other
+    with pytest.raises(ValueError, match=r"made of a DiTTransformer2DModel with .*\(prediction, interpolant, time\)"):
+        latents_of(pipe)
+    pipe.transformer = velocity = sprint.Velocity(other, **SAID)
+    assert pipe.model is velocity
+    assert pipe.transformer is other
+    pipe.transformer = model = tiny().eval()
+    assert pipe.model is model
+
+
+def test_what_others_hold_is_called_through_them():
+    velocity = sprint.Velocity(dit(), **SAID)
+    expected = latents_of(of_dit(velocity))
+    assert latents_of(of_dit(compiled(velocity))).equal(expected)
+    assert latents_of(of_dit(sprint.CapturedModel(velocity))).equal(expected)
+    pipe = SprintPipeline(compiled(tiny().eval()), diffusers.FlowMatchEulerDiscreteScheduler())
+    assert pipe(Y, size=(8, 8), num_inference_steps=1).shape == (3, 4, 8, 8)
+
+
+def test_what_could_not_be_loaded_again_is_not_saved(tmp_path):
+    pipe = of_dit(sprint.Velocity(compiled(dit()), **SAID))
+    pipe.save_pretrained(tmp_path / "compiled")
+    loaded = SprintPipeline.from_pretrained(tmp_path / "compiled")
+    loaded.set_progress_bar_config(disable=True)
+    assert latents_of(loaded).equal(latents_of(pipe))
+    with pytest.raises(ValueError, match="the transformer has adapters of PEFT, .*merge_and_unload"):
+        of_dit(sprint.Velocity(lora(dit()), **SAID)).save_pretrained(tmp_path / "adapters")
+    own = sprint.Velocity(torch.nn.Linear(1, 1), prediction="v", interpolant="ddpm")
+    with pytest.raises(ValueError, match="the transformer is a Linear, which is no class of diffusers"):
+        of_dit(own).save_pretrained(tmp_path / "own")
+    assert not (tmp_path / "own").exists()
+
+
+def test_class_ids_and_sides_that_a_hosted_model_has_not():
+    velocity = sprint.Velocity(dit())
+    for y in (torch.tensor([1, 2, 5000]), {"class_labels": torch.tensor([1, 2, -1])}):
+        with pytest.raises(ValueError, match="y holds class ids from .*, expected 0 to 999 .or 1000, the null class"):
+            sprint.sample(velocity, NOISE, y=y, steps=1)
+    with pytest.raises(ValueError, match=r"y must be \(B,\) int64 class ids, got \(3,\) torch.float32"):
+        velocity(NOISE, torch.rand(3), torch.rand(3))
+    with pytest.raises(ValueError, match="give x sides that its patch size divides"):
+        velocity(NOISE[..., :7], torch.rand(3), Y)
+    flux, arguments = CASES["flux"]()
+    y = {name: arguments[name] for name in ("encoder_hidden_states", "pooled_projections")}
+    with pytest.raises(ValueError, match=r"x must be \(B, C, H, W\) with even H and W.*got \(2, 1, 7, 8\)"):
+        sprint.Velocity(flux)(torch.randn(2, 1, 7, 8), torch.rand(2), y)
+
+
+@pytest.mark.parametrize("kind", ["LCMScheduler", "TCDScheduler"])
+def test_schedulers_of_distilled_models_warn(kind):
+    scheduler = getattr(diffusers, kind)(**DDPM)
+    with pytest.warns(UserWarning, match=f"{kind} is for models that were distilled for it"):
+        sprint.sample(sprint.Velocity(dit()), NOISE, y=Y, solver=scheduler, steps=2)
+
+
+def test_schedulers_of_stages_are_refused():
+    with pytest.raises(ValueError, match="HeliosScheduler goes through stages of several resolutions"):
+        sprint.sample(lambda x, t: x, NOISE, solver=diffusers.HeliosScheduler())

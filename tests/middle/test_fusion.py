@@ -218,3 +218,11 @@ def test_tokens_that_do_not_fit():
         fusion(shallow, shallow[:, :5], subset)
     with pytest.raises(ValueError, match="drawn from 20 tokens, there are 16"):
         fusion(shallow, deep, TokenSubset(subset.keep, 20))
+
+
+@pytest.mark.parametrize(("fill", "other"), [("mask", "shallow"), ("shallow", "mask")])
+def test_weights_of_another_fill_do_not_load(fill, other):
+    state = SparseDenseResidual(6, fill=fill).state_dict()
+    SparseDenseResidual(6, fill=fill).load_state_dict(state)
+    with pytest.raises(RuntimeError, match="mask_token"):
+        SparseDenseResidual(6, fill=other).load_state_dict(state)

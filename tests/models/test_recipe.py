@@ -76,14 +76,14 @@ def test_samplers_and_losses_follow_it(tmp_path):
     ("said", "message"),
     [
         ({"latent_scale": 0}, "latent_scale must be positive, got 0"),
-        ({"latent_scale": float("inf")}, "latent_scale must be positive, got inf"),
-        ({"latent_scale": True}, "latent_scale must be positive, got True"),
+        ({"latent_scale": float("inf")}, "latent_scale must be a finite number, got inf"),
+        ({"latent_scale": True}, "latent_scale must be a finite number, got True"),
         ({"latent_scale": [1.0, -1.0]}, "latent_scale must be positive"),
-        ({"latent_scale": []}, "latent_scale must be positive"),
-        ({"latent_shift": float("nan")}, "latent_shift must be finite, got nan"),
-        ({"latent_shift": "0"}, "latent_shift must be finite, got '0'"),
-        ({"latent_side": 2.5}, "latent_side must be a positive whole number, got 2.5"),
-        ({"image_size": 0}, "image_size must be a positive whole number, got 0"),
+        ({"latent_scale": []}, "latent_scale must be a finite number"),
+        ({"latent_shift": float("nan")}, "latent_shift must be a finite number, got nan"),
+        ({"latent_shift": "0"}, "latent_shift must be a finite number, got '0'"),
+        ({"latent_side": 2.5}, "latent_side must be a whole number, at least 1, got 2.5"),
+        ({"image_size": 0}, "image_size must be a whole number, at least 1, got 0"),
     ],
 )
 def test_numbers_that_cannot_be(said, message):
@@ -100,3 +100,11 @@ def test_files_of_earlier_formats_load():
     x, t, y = torch.ones(1, 4, 8, 8), torch.full((1,), 0.5), torch.tensor([1])
     assert model(x, t, y).equal(average(x, t, y))
     assert model(x, t, y).count_nonzero() == 4 * 64  # it was trained for two steps
+
+
+def test_it_travels_in_the_reference_layout_too(tmp_path):
+    model = tiny()
+    model.recipe = RECIPE
+    model.to_reference(tmp_path / "reference.safetensors")
+    assert SiT.from_reference(tmp_path / "reference.safetensors").recipe == RECIPE
+    assert SiT.from_reference(model.to_reference()).recipe == Recipe()

@@ -20,7 +20,7 @@ from sprint.arguments import checked
 from sprint.costs.counting import PathCost
 from sprint.costs.hardware import H100, HERE, Hardware, find, present
 from sprint.costs.paths import of_sit, of_wrapped
-from sprint.flow.guidance import unwrapped
+from sprint.flow.holders import unwrapped
 from sprint.middle.drop import Drop, StructuredDrop
 from sprint.models.sit import SiT
 

@@ -14,6 +14,8 @@ from torch import Tensor
 from sprint.checkpoint import PathLike, write_text
 from sprint.diffusers.loading import from_pretrained
 from sprint.flow.guidance import Guidance
+from sprint.flow.holders import held, unwrapped
+from sprint.flow.inputs import check_count
 from sprint.flow.sampling import trajectory
 from sprint.flow.velocity import Velocity
 from sprint.hosts.wrapping import OPTIONS_FILE
@@ -31,7 +33,9 @@ class SprintPipeline(DiffusionPipeline):
 
     Args:
         transformer: `SiT`; a `sprint.Velocity` of any model, wrapped or not; or a model that `Velocity` knows by its class,
-            as it was pretrained (`DiTTransformer2DModel`: it predicts noise).
+            as it was pretrained (`DiTTransformer2DModel`: it predicts noise). Another one may take its place later,
+            `pipe.transformer = …`: a `Velocity` is taken as it is, a model of the same class (compiled, wrapped, with
+            adapters) keeps the options, and one of another class is refused where options were given.
         scheduler: of the model's interpolant.
         vae: `AutoencoderKL` that decodes the latents; without one the latents are the images.
 
@@ -43,20 +47,21 @@ class SprintPipeline(DiffusionPipeline):
 
     def __init__(self, transformer: Any, scheduler: Any, vae: Any = None) -> None:
         super().__init__()
-        adapted = isinstance(transformer, Velocity)
-        self._velocity = transformer if adapted else None if isinstance(transformer, SiT) else Velocity(transformer)
-        transformer = transformer.model if adapted else transformer
-        self.register_modules(transformer=transformer, scheduler=scheduler, vae=vae)
+        self._model = _as_called(transformer)
+        self.register_modules(transformer=_transformer(self._model), scheduler=scheduler, vae=vae)
 
     @property
     def model(self) -> Any:
         """The transformer as samplers call it."""
-        if self._velocity is None:
-            return self.transformer
-        if self._velocity.model is not self.transformer:  # a user has replaced it
-            options = self._velocity.options() if type(self._velocity.model) is type(self.transformer) else {}
-            self._velocity = Velocity(self.transformer, **options)
-        return self._velocity
+        if _transformer(self._model) is not self.transformer:  # a user has replaced it
+            self._model = _as_called(self.transformer, before=self._model)
+            self.transformer = _transformer(self._model)
+        return self._model
+
+    @property
+    def _velocity(self) -> Velocity | None:
+        """The `Velocity` that is called, or none for a `SiT`."""
+        return inner if isinstance(inner := held(self.model), Velocity) else None
 
     @torch.no_grad()
     def __call__(
@@ -102,15 +107,15 @@ class SprintPipeline(DiffusionPipeline):
                 f"{type(self.vae).__name__} tells no scaling_factor, by which latents are decoded: use output_type='latent' "
                 "without a vae, and decode them yourself"
             )
-        if num_inference_steps < 1:
-            raise ValueError(f"num_inference_steps must be 1 or more, got {num_inference_steps}")
+        check_count("num_inference_steps", num_inference_steps)
+        model, velocity = self.model, self._velocity  # first, since a transformer may have been replaced
         like = next(self.transformer.parameters())
         y, batch = _conditions(labels, like.device)
         if latents is None:
-            part = self.transformer.config if self._velocity is None else self.model
+            part = self.transformer.config if velocity is None else velocity
             shape = (batch, part.in_channels, *size)
             latents = normal(shape, device=like.device, dtype=like.dtype, generator=generator)
-        with _evaluating(self.model):
+        with _evaluating(model):
             x = self._integrated(latents.to(like.device, like.dtype), y, guidance, num_inference_steps, generator)
         x = x.to(like.dtype)
         if output_type == "latent":
@@ -149,15 +154,19 @@ class SprintPipeline(DiffusionPipeline):
     def save_pretrained(  # pyright: ignore[reportIncompatibleMethodOverride]
         self, save_directory: PathLike, **kwargs: Any
     ) -> None:
-        """Write all parts to a folder; `kwargs` go to the parts of diffusers."""
+        """Write all parts to a folder; `kwargs` go to the parts of diffusers. What is compiled is written as what it was.
+
+        Raises:
+            ValueError: a part that could not be loaded again: adapters, classes that are not of diffusers, or functions
+                among the options of its `Velocity`; nothing is written.
+        """
         folder = Path(save_directory)
         index: dict[str, Any] = {"_class_name": "SprintPipeline"}
-        if self._velocity is not None:
-            index["velocity"] = self._velocity.options()
-        for name in ("transformer", "scheduler", "vae"):
-            part = getattr(self, name)
-            if part is None:
-                continue
+        if (velocity := self._velocity) is not None:
+            index["velocity"] = velocity.options()
+        names = [name for name in ("transformer", "scheduler", "vae") if getattr(self, name) is not None]
+        parts = {name: _written(name, getattr(self, name)) for name in names}
+        for name, part in parts.items():
             (folder / name).mkdir(parents=True, exist_ok=True)
             if isinstance(part, SiT):
                 part.save(folder / name / _WEIGHTS)
@@ -194,6 +203,41 @@ class SprintPipeline(DiffusionPipeline):
             transformer = from_pretrained(kind, place, **kwargs) if wrapped else kind.from_pretrained(place, **kwargs)
             transformer = Velocity(transformer, **index.get("velocity", {}))
         return cls(transformer.eval(), **parts)
+
+
+def _as_called(transformer: Any, *, before: Any = None) -> Any:
+    """A transformer as samplers call it: our SiT, a Velocity or what holds either, as it is; any other as a Velocity."""
+    if isinstance(inner := held(transformer), Velocity) or hasattr(inner, "token_grid"):
+        return transformer
+    replaced = held(before)
+    return replaced.around(transformer) if isinstance(replaced, Velocity) else Velocity(transformer)
+
+
+def _transformer(model: Any) -> Any:
+    """What the pipeline holds of it."""
+    return inner.model if isinstance(inner := held(model), Velocity) else model
+
+
+def _written(name: str, part: Any) -> Any:
+    """What is written of a part.
+
+    Raises:
+        ValueError: it could not be loaded again.
+    """
+    part = unwrapped(part)
+    modules = part.modules() if isinstance(part, torch.nn.Module) else ()
+    if any(type(module).__module__.startswith("peft.") for module in modules):
+        raise ValueError(
+            f"the {name} has adapters of PEFT, which a pipeline's files do not hold: merge them first, pipe.{name} = "
+            f"pipe.{name}.merge_and_unload(), or save them apart"
+        )
+    kind = getattr(diffusers, type(part).__name__, None)
+    if not isinstance(part, SiT) and not (isinstance(kind, type) and isinstance(part, kind)):
+        raise ValueError(
+            f"the {name} is a {type(part).__name__}, which is no class of diffusers, so that from_pretrained would not find "
+            "it: save this part yourself, and make the pipeline anew"
+        )
+    return part
 
 
 @contextmanager

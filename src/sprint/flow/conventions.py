@@ -74,6 +74,7 @@ class Convention:
     null: Callable[[Any, int], Any] | None = None
     tokens: Callable[[Any, Tensor], int] = patches
     in_channels: Callable[[Any], int] = in_channels
+    classes: Callable[[Any], int | None] = lambda model: None
 
 
 def ddpm_step(t: Tensor) -> Tensor:
@@ -119,6 +120,10 @@ def _flux(model: Any, x: Tensor, time: Tensor, y: Any) -> Any:
         y["txt_ids"] = _no_places(y["encoder_hidden_states"].shape[1], x.device)
     if x.ndim == 3:
         return by_name(model, x, time, y)
+    if x.ndim != 4 or x.shape[2] % 2 or x.shape[3] % 2:
+        raise ValueError(
+            f"x must be (B, C, H, W) with even H and W, which are packed in patches of 2x2, got {tuple(x.shape)}"
+        )
     rows, columns = x.shape[2] // 2, x.shape[3] // 2
     y.setdefault("img_ids", _places(rows, columns, x.device))
     packed = rearrange(x, "b c (h p) (w q) -> b (h w) (c p q)", p=2, q=2)
@@ -136,7 +141,11 @@ def _flux_channels(model: Any) -> int:
 
 def _row_after_the_last(model: Any, batch: int) -> Tensor:
     device = next(model.parameters()).device
-    return torch.full((batch,), model.config.num_embeds_ada_norm, device=device)
+    return torch.full((batch,), _rows(model), device=device)
+
+
+def _rows(model: Any) -> int:
+    return model.config.num_embeds_ada_norm
 
 
 def _labels(model: Any, batch: int) -> Tensor:
@@ -144,14 +153,19 @@ def _labels(model: Any, batch: int) -> Tensor:
     return torch.full((batch,), embedder.num_classes, device=embedder.embedding_table.weight.device)
 
 
+def _classes(model: Any) -> int | None:
+    count = getattr(getattr(model, "y_embedder", None), "num_classes", None)
+    return count if isinstance(count, int) else None
+
+
 by_name = _named()
 _NO_SIZES = {"resolution": None, "aspect_ratio": None}  # of PixArt's micro-conditions, for models without them
 _DDPM: dict[str, Any] = {"prediction": "noise", "interpolant": "ddpm", "time": ddpm_step, "channels": in_channels}
 
 CONVENTIONS: dict[str, Convention] = {
-    "DiT": Convention(**_DDPM, null=_labels),
-    "SiT": Convention(reverse=True, null=_labels),
-    "DiTTransformer2DModel": Convention(**_DDPM, call=_named("class_labels"), null=_row_after_the_last),
+    "DiT": Convention(**_DDPM, null=_labels, classes=_classes),
+    "SiT": Convention(reverse=True, null=_labels, classes=_classes),
+    "DiTTransformer2DModel": Convention(**_DDPM, call=_named("class_labels"), null=_row_after_the_last, classes=_rows),
     "PixArtTransformer2DModel": Convention(**_DDPM, call=_named(added_cond_kwargs=_NO_SIZES)),
     "SD3Transformer2DModel": Convention(time=1000, call=by_name),
     "FluxTransformer2DModel": Convention(call=_flux, tokens=_flux_tokens, in_channels=_flux_channels),

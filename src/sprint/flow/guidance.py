@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from sprint.flow.conventions import prediction_in
+from sprint.flow.holders import unwrapped
 from sprint.flow.interpolants import like
 from sprint.middle.drop import Drop
 
@@ -198,22 +199,6 @@ class SparseGuidance:
             return guide(predict(model, x, t, y), strong, scale, rescale=self.rescale)
 
 
-def unwrapped(model: Any) -> Any:
-    """The model inside DistributedDataParallel, `torch.compile` and the like, or the model itself."""
-    while isinstance(model, nn.Module):
-        if (inner := model._modules.get("_orig_mod")) is None and not {*map(_name, type(model).__mro__)} & _PASSING_ON:
-            break
-        model = model._modules["module"] if inner is None else inner
-    return model
-
-
-_PASSING_ON = {"DistributedDataParallel", "DataParallel", "FullyShardedDataParallel", "AveragedModel", "CapturedModel"}
-
-
-def _name(kind: type) -> str:
-    return kind.__name__
-
-
 def _scale_at(scale: Scale, interval: tuple[float, float], t: float) -> float | Tensor | None:
     """w at time t; None where it does not act."""
     if not interval[0] <= t <= interval[1]:
@@ -283,7 +268,7 @@ def _check_scale(scale: Any, name: str) -> None:
         if scale.ndim > 1:
             raise ValueError(f"{name} must be one number, or one per sample, (B,), got {tuple(scale.shape)}")
         return  # its values stay on their device
-    if not isinstance(scale, int | float):
+    if not isinstance(scale, int | float) or isinstance(scale, bool):
         raise TypeError(f"{name} must be a number, a tensor (B,), or a function of t, got {type(scale).__name__}")
     if not math.isfinite(scale):
         raise ValueError(f"{name} must be a finite number, 1 for off, got {scale}")

@@ -214,10 +214,7 @@ def get_interpolant(name: "str | Interpolant") -> Interpolant:
     return INTERPOLANTS[name]
 
 
-def check_prediction(prediction: str, model: object = None) -> None:
-    """Raise ValueError unless it is "v", "x" or "noise", and what the model says of itself, if it does."""
+def check_prediction(prediction: str) -> None:
+    """Raise ValueError unless it is "v", "x" or "noise"."""
     if prediction not in get_args(Prediction):
         raise ValueError(f"unknown prediction {prediction!r}: choose one of {', '.join(get_args(Prediction))}")
-    said = getattr(getattr(model, "config", None), "prediction", prediction)
-    if said in get_args(Prediction) and said != prediction:
-        raise ValueError(f"prediction={prediction!r}, but this model predicts {said!r}: pass prediction={said!r}")

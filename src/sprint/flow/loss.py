@@ -14,9 +14,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from sprint.flow.conventions import prediction_in
-from sprint.flow.guidance import middle_of, unwrapped
+from sprint.flow.guidance import middle_of
+from sprint.flow.holders import unwrapped
+from sprint.flow.inputs import check_conditions, check_number, check_times
 from sprint.flow.interpolants import Interpolant, Prediction, check_prediction, get_interpolant
-from sprint.flow.velocity import check_predicts, interpolant_of, refuse_unadapted
+from sprint.flow.velocity import understood
 from sprint.middle.drop import Drop
 from sprint.middle.tokens import TokenSubset
 from sprint.random import Device, normal, uniform
@@ -58,8 +60,8 @@ class LogNormalTime:
     std: float = 1.0
 
     def __post_init__(self) -> None:
-        if not self.std > 0:
-            raise ValueError(f"std must be positive, got {self.std}")
+        check_number("mean", self.mean)
+        check_number("std", self.std, positive=True)
 
     def __call__(
         self, batch: int, interpolant: Interpolant, *, device: Device = None, generator: torch.Generator | None = None
@@ -82,8 +84,8 @@ class ShiftedTime:
     base: Time = UniformTime()
 
     def __post_init__(self) -> None:
-        if not self.shift > 0:
-            raise ValueError(f"shift must be positive, got {self.shift}: 1 changes nothing, more means noisier")
+        check_number("shift", self.shift, positive=True)
+        _check_distribution("base", self.base)
 
     def __call__(
         self, batch: int, interpolant: Interpolant, *, device: Device = None, generator: torch.Generator | None = None
@@ -116,7 +118,8 @@ class FlowMatchingLoss:
     """Mean squared error of the velocity at a random time, with optional token dropping and REPA.
 
     Args:
-        interpolant: "linear", "cosine", "ddpm", or an `Interpolant`; by default that of the `Velocity`, or linear.
+        interpolant: "linear", "cosine", "ddpm", or an `Interpolant`; by default that of the `Velocity` or of the model's
+            recipe, or linear.
         time: "uniform", "lognormal", or a distribution such as `ShiftedTime(3.0)`.
         prediction: what the model predicts: "v", or "x" or "noise", which are converted exactly, so that the loss is the
             velocity's in each case ("x" needs t > 0, "noise" needs t < 1; a time at that end gives an infinite loss).
@@ -143,8 +146,11 @@ class FlowMatchingLoss:
     ) -> None:
         if isinstance(time, str) and time not in TIMES:
             raise ValueError(f"unknown time {time!r}: choose one of {', '.join(TIMES)}, or pass a distribution")
+        if not isinstance(time, str):
+            _check_distribution("time", time)
         check_prediction(prediction)
         check_prediction(error)
+        check_number("repa_weight", repa_weight)
         self.interpolant = None if interpolant is None else get_interpolant(interpolant)
         self.time: Time = TIMES[time] if isinstance(time, str) else time
         self.prediction: Prediction = prediction
@@ -193,13 +199,12 @@ class FlowMatchingLoss:
         host = unwrapped(model)
         wrapped = _wrapped(model)
         ours = wrapped is None and callable(getattr(host, "token_grid", None))
-        refuse_unadapted(host)
-        check_predicts(self.prediction, host)
+        between = understood(host, self.prediction, self.interpolant).interpolant
         _check_call(x0, drop, repa_target, host=type(host).__name__, drops=ours or wrapped is not None, aligns=ours)
-        between = interpolant_of(host, self.interpolant)
+        check_conditions(y, len(x0))
         if t is None:
             t = self.time(len(x0), between, device=x0.device, generator=generator)
-            _check_times(t, len(x0), values=False)  # a captured step may read none
+            _check_times(t, len(x0))
             t = t + NEAREST * (t == 0) - NEAREST * (t == 1)  # at the ends some losses are infinite
         else:
             _check_times(t, len(x0))
@@ -240,13 +245,15 @@ class FlowMatchingLoss:
         return LossOutput(loss, error.detach(), t, None if repa is None else repa.detach(), subset)
 
 
-def _check_times(t: Tensor, batch: int, *, values: bool = True) -> None:
+def _check_times(t: Tensor, batch: int) -> None:
     if t.shape != (batch,):
         raise ValueError(f"t must be ({batch},), one time per sample, got {tuple(t.shape)}")
-    if values and t.device.type == "cpu" and not torch.compiler.is_compiling() and not ((t >= 0) & (t <= 1)).all():
-        raise ValueError(
-            f"t holds times from {t.min():g} to {t.max():g}, expected 0 (data) to 1 (noise): divide steps by their count"
-        )
+    check_times(t)
+
+
+def _check_distribution(name: str, time: Any) -> None:
+    if isinstance(time, type) or not callable(time):
+        raise TypeError(f"{name} must be a distribution of times, such as UniformTime(), got {time!r}")
 
 
 def _wrapped(model: Any) -> Any:

@@ -12,12 +12,14 @@ from itertools import pairwise
 from typing import Any, NamedTuple, Protocol
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from sprint.flow.guidance import Guidance, predict, unwrapped
+from sprint.flow.guidance import Guidance, predict
+from sprint.flow.holders import unwrapped
+from sprint.flow.inputs import check_conditions, check_count
 from sprint.flow.interpolants import Interpolant, Prediction
 from sprint.flow.scheduled import Field, Scheduled, is_scheduler
-from sprint.flow.velocity import Velocity, check_predicts, interpolant_of, refuse_unadapted
+from sprint.flow.velocity import Velocity, understood
 from sprint.random import Generators, normal
 
 LAST_NOISE_TIME = 1e-3  # a noise prediction says nothing about the data at t = 1: start this much later
@@ -166,34 +168,29 @@ def trajectory(
     """
     if isinstance(solver, str) and solver not in SOLVERS:
         raise ValueError(f"unknown solver {solver!r}: choose one of {', '.join(SOLVERS)}, or pass a Solver")
-    if isinstance(steps, float) or steps < 1:
-        raise ValueError(f"steps must be a whole number, at least 1, got {steps}")
+    check_count("steps", steps)
     if guidance is not None and not callable(guidance):
         raise TypeError(f"guidance must be one like ClassifierFreeGuidance({guidance!r}), got {guidance!r}")
     if not noise.is_floating_point():
         raise TypeError(f"noise must be floating point, got {noise.dtype}: draw it with torch.randn")
-    if isinstance(y, Tensor) and len(y) != len(noise):
-        raise ValueError(f"y holds {len(y)} conditions for {len(noise)} samples: give one per sample")
+    check_conditions(y, len(noise))
     host = unwrapped(model)
-    refuse_unadapted(host)
-    check_predicts(prediction, host)
-    if any(getattr(part, "training", False) for part in (model, getattr(host, "model", None))):
+    between, of_noise = understood(host, prediction, interpolant)
+    if any(getattr(part, "training", False) for part in (model, host, getattr(host, "model", None))):
         raise ValueError(
             "the model is in training mode, where labels and paths are dropped at random: call model.eval() first"
         )
-    if isinstance(y, Tensor) and hasattr(host, "check_condition"):
-        host.check_condition(y)
-    between = interpolant_of(host, interpolant)
+    check: Any = getattr(host, "check_condition", None)
+    if check is not None and (isinstance(y, Tensor) or isinstance(host, Velocity)):
+        check(y)
 
     def velocity(x: Tensor, t: float) -> Tensor:
-        if predicts == "noise" and between.alpha(torch.tensor(t, dtype=torch.float64)) < 1e-6:
+        if of_noise and between.alpha(torch.tensor(t, dtype=torch.float64)) < 1e-6:
             t = 1 - LAST_NOISE_TIME  # where the data's weight is 0, a noise prediction says nothing
         seen = x.to(noise.dtype)
         output = predict(model, seen, t, y) if guidance is None else guidance(model, seen, t, y)
         return between.to_velocity(output.to(x.dtype), x, torch.tensor(t, dtype=torch.float64), kind=prediction)
 
-    within = [module for module in host.modules() if isinstance(module, Velocity)] if isinstance(host, nn.Module) else []
-    predicts = within[0].prediction if len(within) == 1 else prediction
     x = noise.detach().to(state_dtype)
     if is_scheduler(solver):
         if times is not None:
@@ -203,7 +200,7 @@ def trajectory(
     method = SOLVERS[solver] if isinstance(solver, str) else solver
     if isinstance(method, type) or not (hasattr(method, "times") and hasattr(method, "step")):
         raise TypeError(f"solver must be one of {', '.join(SOLVERS)}, a scheduler of diffusers or a Solver, got {solver!r}")
-    grid = _grid(method.times(steps) if times is None else times, predicts, given=times is not None)
+    grid = _grid(method.times(steps) if times is None else times, late=of_noise and times is None)
 
     def step(x: Tensor, t: float, t_next: float) -> Tensor:
         return method.step(velocity, x, t, t_next, interpolant=between, generator=generator)
@@ -245,7 +242,7 @@ def sample(
         steps: at least 1.
         times: decreasing times from at most 1 to at least 0, instead of the solver's grid for `steps`.
         interpolant: the one the model was trained with, "linear", "cosine", "ddpm" or an `Interpolant`; by default that of
-            the `Velocity`, or linear.
+            the `Velocity` or of the model's recipe, found also behind functions and holders (docs/velocity.md), or linear.
         prediction: what the model predicts, "v", "x" or "noise". A noise prediction says nothing at t = 1, where the data's
             weight is 0, so its default grid starts at 0.999.
         generator: for the noise of the SDE; one, or one per sample, so that no sample depends on its batch.
@@ -293,11 +290,11 @@ def _integrate(
             yield State(count, t_next, x)
 
 
-def _grid(times: Sequence[float], prediction: Prediction, *, given: bool) -> list[float]:
+def _grid(times: Sequence[float], *, late: bool) -> list[float]:
     grid = [float(t) for t in times]
     if len(grid) < 2 or grid[0] > 1 or grid[-1] < 0 or not all(a > b for a, b in pairwise(grid)):
         raise ValueError(f"times must decrease, from at most 1 (noise) to at least 0 (data), and be 2 or more, got {grid}")
-    if prediction == "noise" and not given:
+    if late:
         grid[0] = 1 - LAST_NOISE_TIME
     return grid
 

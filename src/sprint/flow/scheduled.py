@@ -1,6 +1,7 @@
 """Schedulers of diffusers as solvers: their timesteps as our times, our velocity as what their `step` takes."""
 
 import inspect
+import warnings
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -99,6 +100,8 @@ def _kind(scheduler: Any) -> str:
     ]
     if flows and other:
         raise ValueError(f"{name} has use_flow_sigmas and {other[0]}, of which it takes one: leave {other[0]} out")
+    if "stages" in config:
+        raise ValueError(f"{name} goes through stages of several resolutions: it is not known here")
     if "Inverse" in name:
         raise ValueError(f"{name} goes from data to noise, and samplers here the other way: use its counterpart")
     for key, fits in (("invert_sigmas", False), ("timestep_type", "discrete"), ("interpolation_type", "linear")):
@@ -109,6 +112,12 @@ def _kind(scheduler: Any) -> str:
             f"{name} has variance_type={config['variance_type']!r}, and a velocity holds no variance: make it with "
             "variance_type='fixed_small'"
         )
+    if any(word in name for word in _DISTILLED):
+        warnings.warn(
+            f"{name} is for models that were distilled for it: with another one its images are blurred or noisy, whatever "
+            "the steps; DDIMScheduler, or FlowMatchEulerDiscreteScheduler for linear interpolants, is for any",
+            stacklevel=5,
+        )
     if flows or name in _FLOWS:
         return "flow"
     if kind not in ("epsilon", "sample", "v_prediction"):
@@ -116,6 +125,7 @@ def _kind(scheduler: Any) -> str:
     return str(kind)
 
 
+_DISTILLED = ("LCM", "TCD")
 _FLOWS = ("FlowMatchEulerDiscreteScheduler", "FlowMatchHeunDiscreteScheduler")
 
 

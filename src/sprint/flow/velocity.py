@@ -6,14 +6,15 @@ return. Those that are known are listed in `sprint.flow.conventions`.
 """
 
 import math
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, NamedTuple, get_args
 
 import torch
 from torch import Tensor, nn
 
 from sprint.flow.conventions import CONVENTIONS, Convention, known, prediction_in
-from sprint.flow.guidance import unwrapped
+from sprint.flow.holders import called, held
+from sprint.flow.inputs import check_class_ids, check_times
 from sprint.flow.interpolants import Interpolant, Prediction, check_prediction, get_interpolant
 
 
@@ -70,18 +71,21 @@ class Velocity(nn.Module):
             raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
         if hasattr(model, "token_grid") or isinstance(model, Velocity):
             raise ValueError(f"{type(model).__name__} is called as model(x, t, y) already: use it without Velocity")
-        convention = _convention(_held(model), like, prediction, interpolant)
+        found = _convention(held(model), like, prediction, interpolant)
+        convention = found or Convention()
         _check_options(time, reverse, channels, call, null)
         self.model = model
         given = {"like": like, "prediction": prediction, "interpolant": interpolant, "time": time, "reverse": reverse}
         given |= {"channels": channels, "call": call, "null": null}
         self._given = {name: value for name, value in given.items() if value is not None}
-        self.prediction: Prediction = prediction or convention.prediction
+        self.prediction: Prediction = convention.prediction if prediction is None else prediction
+        if interpolant is None and found is not None:
+            interpolant = found.interpolant
         check_prediction(self.prediction)
-        self.interpolant = get_interpolant(interpolant or convention.interpolant)
+        self.interpolant = _agreed(model, self.prediction, interpolant).interpolant
         self.time = convention.time if time is None else time
         self.reverse = convention.reverse if reverse is None else reverse
-        self.channels = convention.channels(_held(model)) if channels is None and convention.channels else channels
+        self.channels = convention.channels(held(model)) if channels is None and convention.channels else channels
         self.call, self.null, self._convention = call or convention.call, null or convention.null, convention
         self.training = model.training
 
@@ -104,20 +108,18 @@ class Velocity(nn.Module):
 
         Raises:
             TypeError: no tensor was found in what the model returned, or y is no dictionary where one is needed.
-            ValueError: the model returned another shape.
+            ValueError: the model returned another shape; times or class ids out of range, looked at on a CPU.
         """
+        check_times(t)
+        self.check_condition(y, wait=False)
         seen = 1 - t if self.reverse else t
         output = self.call(self.model, x, self.time(seen) if callable(self.time) else self.time * seen, y)
         output = prediction_in(output, self.model)[:, : self.channels]
         if output.shape != x.shape:
-            raise ValueError(
-                f"{type(self.model).__name__} returned {tuple(output.shape)} for x {tuple(x.shape)}"
-                + (
-                    ""
-                    if self.channels
-                    else f": for a model that returns a variance too, Velocity(model, channels={x.shape[1]})"
-                )
-            )
+            fix = f"for a model that returns a variance too, Velocity(model, channels={x.shape[1]})"
+            if output.shape[1] == x.shape[1]:
+                fix = "give x sides that its patch size divides"
+            raise ValueError(f"{type(self.model).__name__} returned {tuple(output.shape)} for x {tuple(x.shape)}: {fix}")
         if self.prediction == "v":
             return -output if self.reverse else output
         wide = torch.promote_types(x.dtype, torch.float32)
@@ -134,7 +136,34 @@ class Velocity(nn.Module):
                 f"{type(self.model).__name__} has no null condition of its own: pass null=… to the guidance, such as the "
                 "embedding of an empty prompt; of a dictionary of conditions, only those that differ"
             )
-        return self.null(_held(self.model), batch)
+        return self.null(held(self.model), batch)
+
+    def check_condition(self, y: Any, *, wait: bool = True) -> None:
+        """Raise ValueError for class ids out of the range of a model that takes some; it waits for the device, or without
+        `wait` looks at values on the CPU only."""
+        count = self._convention.classes(held(self.model))
+        labels = y.get("class_labels", y.get("y")) if isinstance(y, Mapping) else y
+        if count is None or not isinstance(labels, Tensor):
+            return
+        if labels.ndim != 1 or labels.is_floating_point():
+            raise ValueError(f"y must be (B,) int64 class ids, got {tuple(labels.shape)} {labels.dtype}")
+        check_class_ids(labels, count, wait=wait)
+
+    def around(self, model: nn.Module) -> "Velocity":
+        """Another model of the same class, also compiled or wrapped, with the options of this one.
+
+        Raises:
+            ValueError: it is of another class, and options were given.
+        """
+        one, other = (type(held(each)) for each in (self.model, model))
+        if (one.__module__, one.__qualname__) == (other.__module__, other.__qualname__):
+            return Velocity(model, **self._given)
+        if self._given:
+            raise ValueError(
+                f"this Velocity was made of a {one.__name__} with options of its own ({', '.join(self._given)}), which may "
+                f"be wrong for a {other.__name__}: give that one as sprint.Velocity(model, …), with its options"
+            )
+        return Velocity(model)
 
     def options(self) -> dict[str, Any]:
         """The options that it was made with, as a file can hold them: `Velocity(model, **options)` makes the same again.
@@ -152,18 +181,12 @@ class Velocity(nn.Module):
 
     def num_tokens(self, x: Tensor) -> int:
         """How many tokens the model makes of x, by which schedules are shifted."""
-        return self._convention.tokens(_held(self.model), x)
+        return self._convention.tokens(held(self.model), x)
 
     @property
     def in_channels(self) -> int:
         """Channels of x."""
-        return self._convention.in_channels(_held(self.model))
-
-
-def _held(model: Any) -> Any:
-    """The model that others hold: DistributedDataParallel, `torch.compile`, a PeftModel."""
-    model = unwrapped(model)
-    return model.get_base_model() if type(model).__module__.startswith("peft.") else model
+        return self._convention.in_channels(held(self.model))
 
 
 def _check_options(time: Any, reverse: Any, channels: Any, call: Any, null: Any) -> None:
@@ -179,8 +202,8 @@ def _check_options(time: Any, reverse: Any, channels: Any, call: Any, null: Any)
             raise TypeError(f"{name} must be a function, got {type(function).__name__}")
 
 
-def _convention(model: Any, like: str | None, prediction: str | None, interpolant: Any) -> Convention:
-    """That of a model, or the library's own if its user says what it predicts."""
+def _convention(model: Any, like: str | None, prediction: str | None, interpolant: Any) -> Convention | None:
+    """That of a model; None if its user says what it predicts."""
     if like is not None and like not in CONVENTIONS:
         raise ValueError(f"unknown convention {like!r}: choose one of {', '.join(CONVENTIONS)}, or say what differs")
     found = CONVENTIONS[like] if like is not None else known(model)
@@ -196,12 +219,65 @@ def _convention(model: Any, like: str | None, prediction: str | None, interpolan
             f"a time of their own; for one that was trained to predict {prediction!r} say it all: Velocity(model, "
             f"prediction={prediction!r}, interpolant='linear', time=1000)"
         )
-    return found or Convention()
+    return found
 
 
-def refuse_unadapted(model: Any) -> None:
+class Understood(NamedTuple):
+    """How a model is to be taken."""
+
+    interpolant: Interpolant
+    of_noise: bool
+    """Whether it predicts noise, or what it calls does, so that it says nothing where there is no data."""
+
+
+def understood(model: Any, prediction: Prediction, interpolant: str | Interpolant | None) -> Understood:
+    """Bring together what was given and what a model says of itself: a `Velocity`, a model with a recipe, or whatever
+    holds or calls them. Where nobody speaks, the interpolant is linear.
+
+    Raises:
+        ValueError: they contradict each other, an unknown name, or a model that needs a `Velocity`.
+    """
+    _refuse_unadapted(model)
+    check_prediction(prediction)
+    return _agreed(model, prediction, interpolant)
+
+
+def _agreed(model: Any, prediction: Prediction, interpolant: str | Interpolant | None) -> Understood:
+    speaking = [part for module in called(model) for part in _speaking(module)]
+    if kinds := [kind for part in speaking if (kind := _predicts(part)) is not None]:
+        if prediction not in kinds and any(isinstance(part, Velocity) for part in speaking):
+            raise ValueError(
+                f"prediction={prediction!r}, but a Velocity gives velocities, whatever its model predicts: leave it out"
+            )
+        if prediction not in kinds:
+            raise ValueError(
+                f"prediction={prediction!r}, but this model predicts {kinds[0]!r}: pass prediction={kinds[0]!r}"
+            )
+    said: list[tuple[Interpolant, str]] = []
+    for part in speaking:
+        between = part.interpolant if isinstance(part, Velocity) else getattr(_own(part, "recipe"), "interpolant", None)
+        if between is not None and not any(_same(get_interpolant(between), other) for other, _ in said):
+            way = f"Velocity is on the {between}" if isinstance(part, Velocity) else f"model was trained with {between!r}"
+            said.append((get_interpolant(between), way))
+    if interpolant is None and len(said) > 1:
+        raise ValueError(
+            f"several models of different interpolants are called here (one {' and one '.join(way for _, way in said)}): "
+            "pass interpolant=…, that of the velocity which is returned"
+        )
+    given = get_interpolant("linear" if interpolant is None else interpolant)
+    if interpolant is not None and said and not any(_same(given, other) for other, _ in said):
+        raise ValueError(
+            f"interpolant={interpolant!r}, but this {said[0][1]}: leave interpolant out, or make the Velocity, or train, "
+            "with it"
+        )
+    chosen = said[0][0] if interpolant is None and said else given
+    inner = [part for part in speaking if isinstance(part, Velocity) and _same(part.interpolant, chosen)]
+    return Understood(chosen, prediction == "noise" or any(part.prediction == "noise" for part in inner))
+
+
+def _refuse_unadapted(model: Any) -> None:
     """Raise ValueError for a model that is known to be called in another way than `model(x, t, y)`."""
-    model = _held(getattr(model, "__self__", model))
+    model = held(getattr(model, "__self__", model))
     if isinstance(model, nn.Module) and type(model).__module__.startswith("diffusers."):
         options = "model" if known(model) else "model, prediction=…"
         raise ValueError(
@@ -210,31 +286,28 @@ def refuse_unadapted(model: Any) -> None:
         )
 
 
-def interpolant_of(model: Any, given: str | Interpolant | None) -> Interpolant:
-    """The interpolant that was given, or that a `Velocity` was made for or a model trained with, or the linear one.
-
-    Raises:
-        ValueError: they contradict each other, or the name is unknown.
-    """
-    within = [module for module in model.modules() if isinstance(module, Velocity)] if isinstance(model, nn.Module) else []
-    if len(within) != 1:
-        trained = getattr(getattr(model, "recipe", None), "interpolant", None)
-        if given is not None and trained is not None and repr(get_interpolant(given)) != repr(get_interpolant(trained)):
-            raise ValueError(f"interpolant={given!r}, but this model was trained with {trained!r}: leave interpolant out")
-        return get_interpolant(given or trained or "linear")
-    (velocity,) = within
-    if given is not None and repr(get_interpolant(given)) != repr(velocity.interpolant):
-        raise ValueError(
-            f"interpolant={given!r}, but this Velocity is on the {velocity.interpolant}: leave interpolant out, or make the "
-            "Velocity with it"
-        )
-    return velocity.interpolant
+def _speaking(module: nn.Module) -> Iterator[Any]:
+    """The modules within that say what they predict or are trained with; what a Velocity holds, it speaks for."""
+    if isinstance(module, Velocity):
+        yield module
+        return
+    if _own(module, "recipe") is not None or _predicts(module) is not None:
+        yield module
+    for child in module.children():
+        yield from _speaking(child)
 
 
-def check_predicts(prediction: Prediction, model: Any) -> None:
-    """Raise ValueError unless the model may be taken to predict this."""
-    if isinstance(model, Velocity) and prediction != "v":
-        raise ValueError(
-            f"prediction={prediction!r}, but a Velocity gives velocities, whatever its model predicts: leave it out"
-        )
-    check_prediction(prediction, model)
+def _own(module: nn.Module, name: str) -> Any:
+    """An attribute of this very module or its class, without a search of its parameters and of what it passes on."""
+    return getattr(module, name) if name in vars(module) or hasattr(type(module), name) else None
+
+
+def _predicts(part: Any) -> str | None:
+    if isinstance(part, Velocity):
+        return "v"
+    said = getattr(_own(part, "config"), "prediction", None)
+    return said if said in get_args(Prediction) else None
+
+
+def _same(one: Interpolant, other: Interpolant) -> bool:
+    return one is other or (type(one) is type(other) and repr(one) == repr(other) and repr(vars(one)) == repr(vars(other)))

@@ -165,7 +165,8 @@ class SparseDenseResidual(Fusion):
         sources: "both", or the paper's ablations "deep" (`W_g g_pad + b`) and "shallow" (`W_f f + b`), W: (C, C).
         learnable_mask: train the mask token. The reference freezes it at N(0, 0.02), and so do we by default.
         fill: what stands for g where the middle did not run: the mask token, as in the paper, or f, with which a pretrained
-            model begins to drop tokens from a loss near its own (`W_g` is then multiplied on all tokens).
+            model begins to drop tokens from a loss near its own (`W_g` is then multiplied on all tokens). Where no mask
+            token is used there is none, so that a state dictionary does not fit a fusion of another fill.
         init: "xavier" (from scratch), or "identity", `W = [I ; 0]`: the output is the deep path, bit by bit, which
             leaves a pretrained model unchanged as long as nothing is dropped, also under autocast.
 
@@ -193,13 +194,16 @@ class SparseDenseResidual(Fusion):
             raise ValueError(f"fill='shallow' puts f in the deep half instead of the mask token, and {what}: leave it out")
         self.sources, self.init, self.fill = sources, init, fill
         self.proj = SplitLinear(2 if sources == "both" else 1, dim, residual=init == "identity")
-        self.mask_token = nn.Parameter(torch.empty(1, 1, dim), requires_grad=learnable_mask)
+        self.mask_token: nn.Parameter | None = None
+        if fill == "mask":
+            self.mask_token = nn.Parameter(torch.empty(1, 1, dim), requires_grad=learnable_mask)
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
         """Initialise the projection as `init` says and the mask token from N(0, 0.02)."""
         nn.init.zeros_(self.proj.bias)
-        nn.init.normal_(self.mask_token, std=0.02)
+        if self.mask_token is not None:
+            nn.init.normal_(self.mask_token, std=0.02)
         if self.init == "identity":
             with torch.no_grad():
                 self.proj.weight.zero_()[:, : self.dim].fill_diagonal_(1)
@@ -211,7 +215,7 @@ class SparseDenseResidual(Fusion):
         if self.sources == "shallow":
             return self.proj(shallow)[0].to(shallow.dtype)  # the stream keeps its dtype under autocast
         source = None if self.sources == "deep" else shallow
-        rest = shallow if self.fill == "shallow" else self.mask_token
+        rest = shallow if self.mask_token is None else self.mask_token
         if deep is None:
             base, fill = self.proj(source, rest)
             return (base + fill).to(shallow.dtype).expand_as(shallow)

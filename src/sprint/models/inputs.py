@@ -3,6 +3,7 @@
 import torch
 from torch import Tensor
 
+from sprint.flow.inputs import check_class_ids, check_times
 from sprint.models.config import SiTConfig
 
 
@@ -40,26 +41,15 @@ def check_inputs(config: SiTConfig, x: Tensor, t: Tensor, y: Tensor | None, *, l
                 raise TypeError(
                     f"{name} is {tensor.dtype}, the model {like.dtype}: convert one with .to(dtype), or use torch.autocast"
                 )
-    if t.device.type == "cpu" and not torch.compiler.is_compiling():
-        if batch and not 0 <= float(t.detach().min()) <= float(t.detach().max()) <= 1:
-            raise ValueError(
-                f"t holds times from {t.min():g} to {t.max():g}, expected 0 (data) to 1 (noise): "
-                "divide step numbers by their count"
-            )
-        if y is not None:
-            check_classes(config, y)
+    check_times(t)
+    if y is not None:
+        check_classes(config, y, wait=False)
 
 
-def check_classes(config: SiTConfig, y: Tensor) -> None:
-    """Raise ValueError for class ids out of range, on any device (this waits for the device)."""
-    if config.num_classes is None or y.numel() == 0:
-        return
-    low, high = int(y.min()), int(y.max())
-    if low < 0 or high > config.num_classes:
-        raise ValueError(
-            f"y holds class ids from {low} to {high}, expected 0 to {config.num_classes - 1} "
-            f"(or {config.num_classes}, the null class)"
-        )
+def check_classes(config: SiTConfig, y: Tensor, *, wait: bool = True) -> None:
+    """Raise ValueError for class ids out of range, on any device (this waits for the device), or only on the CPU."""
+    if config.num_classes is not None:
+        check_class_ids(y, config.num_classes, wait=wait)
 
 
 def _check_condition(config: SiTConfig, y: Tensor | None, batch: int) -> None:

@@ -2,9 +2,9 @@
 
 import dataclasses
 import json
-import math
 from collections.abc import Sequence
 
+from sprint.flow.inputs import check_count, check_number
 from sprint.flow.interpolants import get_interpolant
 
 FORMAT = 2  # of the files; 1, without shift and image size, is read too, a newer one is refused
@@ -42,18 +42,15 @@ class Recipe:
     def __post_init__(self) -> None:
         if self.interpolant is not None:
             get_interpolant(self.interpolant)
-        for name, wanted in (("latent_scale", "positive"), ("latent_shift", "finite")):
+        for name in ("latent_scale", "latent_shift"):
             value = getattr(self, name)
-            if value is None:
-                continue
-            numbers = tuple(value) if isinstance(value, list | tuple) else (value,)
-            if not numbers or not all(_real(number) and (number > 0 or wanted == "finite") for number in numbers):
-                raise ValueError(f"{name} must be {wanted}, got {value!r}")
-            object.__setattr__(self, name, numbers if isinstance(value, list | tuple) else value)  # JSON has lists
+            if isinstance(value, list | tuple):
+                object.__setattr__(self, name, tuple(value))  # JSON has lists
+            for number in () if value is None else value if isinstance(value, list | tuple) and value else (value,):
+                check_number(name, number, positive=name == "latent_scale")
         for name in ("latent_side", "image_size"):
-            value = getattr(self, name)
-            if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
-                raise ValueError(f"{name} must be a positive whole number, got {value!r}")
+            if getattr(self, name) is not None:
+                check_count(name, getattr(self, name))
 
     def to_json(self) -> str:
         """As a file holds it."""
@@ -81,7 +78,3 @@ class Recipe:
         if unknown := sorted(said.keys() - known):
             raise ValueError(f"{source} holds a recipe with {', '.join(unknown)}, unknown to this version: update sprint")
         return cls(**said)
-
-
-def _real(number: object) -> bool:
-    return isinstance(number, int | float) and not isinstance(number, bool) and math.isfinite(number)

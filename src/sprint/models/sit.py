@@ -382,17 +382,22 @@ class SiT(nn.Module):
             tensors, metadata = checkpoint.read_tensors(released.locate(source))
         tensors = reference.to_ours(tensors, prefix=prefix, source=name)
         config = reference.infer_config(tensors, metadata, patch_size=patch_size, repa_depth=repa_depth, source=name)
-        return cls._from_tensors(config, tensors, name, device)
+        model = cls._from_tensors(config, tensors, name, device)
+        model.recipe = Recipe.from_json(metadata.get(_RECIPE), source=name)
+        return model
 
     def to_reference(self, path: checkpoint.PathLike | None = None) -> dict[str, Tensor]:
-        """The weights in the layout of the SPRINT authors, also written to `path` if given.
+        """The weights in the layout of the SPRINT authors, also written to `path` if given, with the recipe beside them.
+
+        The recipe is metadata, which `from_reference` of that file reads; the dictionary that is returned holds none.
 
         Raises:
             ValueError: the model has options that the layout cannot express.
         """
         tensors = reference.to_theirs(self.state_dict(), self.config)
         if path is not None:
-            checkpoint.write_tensors(path, tensors, reference.metadata(self.config))
+            about = {**reference.metadata(self.config), _RECIPE: self.recipe.to_json()}
+            checkpoint.write_tensors(path, tensors, about)
         return tensors
 
     @classmethod

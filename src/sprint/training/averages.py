@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from sprint.capture.state import Part
-from sprint.flow.guidance import unwrapped
+from sprint.flow.holders import unwrapped
 
 
 class Averages(Part):

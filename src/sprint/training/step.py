@@ -19,7 +19,7 @@ from sprint.arguments import checked
 from sprint.capture.compiling import compile_blocks
 from sprint.capture.graphs import LIMIT, WARMUP, Graph, Graphs, check_autocast, check_counts
 from sprint.capture.state import ModelState, OptimizerState, Together
-from sprint.flow.guidance import unwrapped
+from sprint.flow.holders import unwrapped
 from sprint.training.averages import Averages
 from sprint.training.gradients import Window
 from sprint.training.optim import AdamW
