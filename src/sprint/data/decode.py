@@ -57,7 +57,7 @@ def read_image(path: str | os.PathLike[str], size: int | None = None, *, turn: b
                 _decode_small(image, 4 * size)
             _check_size(image)
             image.load()
-            found = as_rgb(image) if size is None else _halved(image, size)
+            found = as_rgb(image) if size is None else _rgb_halved(image, size)
             way = _orientation(image) if turn else None
         found = found if way is None else found.transpose(way)
     return found if size is None else center_crop(found, size)
@@ -199,12 +199,13 @@ def _cut(image: "Image.Image") -> "Image.Image":
     return image.crop((left, top, left + width, top + height))
 
 
-def _halved(image: "Image.Image", size: int) -> "Image.Image":
-    """In RGB, and halved as `center_crop` begins if it is twice as large; a band at a time."""
+def _rgb_halved(image: "Image.Image", size: int) -> "Image.Image":
+    """In RGB; a large one halved as `center_crop` begins, a band at a time."""
     from PIL import Image
 
     image = _cut(image)
-    if min(image.size) < 2 * size or image.width * image.height <= BAND:
+    enough = BIG if image.mode == "RGB" else BAND  # which needs no conversion; bands may differ in a last bit
+    if min(image.size) < 2 * size or image.width * image.height <= enough:
         return as_rgb(image)
     found = Image.new("RGB", (image.width // 2, image.height // 2))
     step, rows = image.height / found.height, max(1, BAND // image.width // 2)
