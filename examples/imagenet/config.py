@@ -109,7 +109,7 @@ class Config:
     """gradients are clipped at it; inf for never"""
     ema_decay: float = 0.9999
     ema_warmup: bool = False
-    """the decay is at most (1 + n) / (10 + n) after n updates, so that the average forgets the first weights early"""
+    """the decay rises by (1 + n) / (10 + n) after n updates, so that the average forgets the first weights early"""
     mixed_precision: Literal["bf16", "no"] = "bf16"
     allow_tf32: bool = True
     activation_checkpointing: bool = False

@@ -78,7 +78,7 @@ def begin_from(path: str, model: sprint.SiT, config: Config) -> None:
 
 
 class Warmed:
-    """Averages whose decay rises to `decay`: at most (1 + n) / (10 + n) after n updates, as diffusers' EMAModel has it.
+    """Averages whose decay rises to `decay`: (1 + n) / (10 + n) after n updates, as diffusers' EMAModel has it.
 
     Args:
         ema: follows the model; `TrainStep` calls `update_parameters`.
@@ -92,8 +92,8 @@ class Warmed:
     @torch.no_grad()
     def update_parameters(self, model: torch.nn.Module) -> None:
         """One step towards the weights."""
+        decay = min(self.decay, (1 + self.updates) / (10 + self.updates)) if self.updates else 0.0
         self.updates += 1
-        decay = min(self.decay, (1 + self.updates) / (10 + self.updates))
         pairs = [(a, p) for a, p in zip(self.ema.parameters(), model.parameters(), strict=True) if p.requires_grad]
         averages, parameters = zip(*pairs, strict=True)
         torch._foreach_lerp_(averages, parameters, 1 - decay)  # pyright: ignore[reportPrivateImportUsage]

@@ -3,6 +3,7 @@
 import dataclasses
 import re
 import sys
+import warnings
 
 import pytest
 import small
@@ -10,7 +11,7 @@ import small
 sys.path.insert(0, str(small.SCRIPTS))
 config, reading = pytest.importorskip("config"), pytest.importorskip("reading")
 
-FILES = sorted((small.SCRIPTS / "configs").glob("*.yaml"))
+FILES = sorted((small.SCRIPTS / "configs").glob("[0-9]*.yaml"))
 
 
 def build(options=None, *changes):
@@ -142,3 +143,12 @@ def test_changes_from_the_command_line(tmp_path):
     (tmp_path / "list.yaml").write_text("- 1")
     with pytest.raises(SystemExit, match="must hold options by name, got list"):
         reading.read(tmp_path / "list.yaml")
+
+
+def test_a_size_that_is_not_its_names_is_said():
+    with pytest.warns(UserWarning, match=r"model=S/2 with middle_depth=4 \(its own is 8\): a size of its own"):
+        build({"model": "S/2", "middle_depth": 4, "hidden_size": 384})
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        build({"middle_depth": 4})  # no name was given
+        build({"model": "XL/2", "middle_depth": 24})

@@ -15,6 +15,7 @@ pytest.importorskip("diffusers")
 timm = pytest.importorskip("timm")
 pytest.importorskip("test_evaluate")  # registers a small feature network
 
+STEPS = ("rehearse", "prepare", "train", "sample", "evaluate")
 TEACHER = "vit_tiny_patch16_224"
 
 
@@ -24,6 +25,28 @@ def here(monkeypatch, capsys, name, *arguments):
     monkeypatch.syspath_prepend(small.SCRIPTS)
     runpy.run_path(str(small.SCRIPTS / f"{name}.py"), run_name="__main__")
     return capsys.readouterr().out
+
+
+@pytest.mark.slow
+def test_the_rehearsal_of_the_docs(tmp_path, monkeypatch, capsys):
+    """Its commands as they stand there; a small feature network plays Inception."""
+    text = (small.SCRIPTS.parents[1] / "docs" / "imagenet.md").read_text()
+    section = text.split("## A rehearsal")[1].split("\n## ")[0].replace("\\\n", "")
+    commands = [line.split() for line in section.splitlines() if line.startswith("    python ")]
+    assert [command[1] for command in commands] == [f"{name}.py" for name in STEPS]
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "configs").symlink_to(small.SCRIPTS / "configs")
+    for name, (_, _, *arguments) in zip(STEPS[:-1], commands, strict=False):
+        run = small.script(name, *arguments)
+        assert run.returncode == 0, run.stderr
+        if name == "train":
+            assert "loss=" in run.stderr
+            assert "images/s=" in run.stderr
+    here(monkeypatch, capsys, "evaluate", *commands[-1][2:], "--inception", "small-features")
+    entries = [json.loads(line) for line in (tmp_path / "rehearsal" / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert entries[3]["loss"] < entries[0]["loss"]
+    assert Image.open(tmp_path / "rehearsal" / "run" / "samples" / "00000040.png").size == (256, 256)
+    assert len(list((tmp_path / "rehearsal" / "samples").glob("*.png"))) == 40
 
 
 def test_images_to_fid(tmp_path, monkeypatch, capsys):

@@ -17,7 +17,7 @@ from sprint.kernels.fused import Kernels, check_kernels
 from sprint.middle.fusion import SparseDenseResidual
 from sprint.middle.sparse import Path, SparseMiddle, run
 from sprint.middle.tokens import TokenSubset
-from sprint.models import reference, released
+from sprint.models import hub, reference, released
 from sprint.models.config import PRESETS, Options, Preset, SiTConfig
 from sprint.models.inputs import check_classes, check_inputs
 from sprint.models.layers import (
@@ -292,6 +292,59 @@ class SiT(nn.Module):
         model = cls._from_tensors(SiTConfig(**json.loads(metadata[_CONFIG])), tensors, str(path), device)
         model.recipe = Recipe.from_json(metadata.get(_RECIPE), source=str(path))
         return model
+
+    def save_pretrained(self, folder: checkpoint.PathLike, *, license: str | None = None) -> None:  # noqa: A002
+        """Write a folder: model.safetensors, as `save` writes it, config.json to read, and a card, README.md.
+
+        Args:
+            folder: made if it is not there; a card that is there stays.
+            license: of these weights, such as "apache-2.0", for a new card.
+
+        Raises:
+            ValueError: a license for a card that is there already.
+        """
+        hub.save(self, folder, license=license)
+
+    @classmethod
+    def from_pretrained(
+        cls, source: checkpoint.PathLike, *, revision: str | None = None, token: str | None = None, device: Device = None
+    ) -> "SiT":
+        """Load what `save_pretrained` wrote or `push_to_hub` uploaded.
+
+        Args:
+            source: folder, or "owner/name" of a repository on the Hugging Face hub, which is fetched to its cache.
+            revision: branch, tag or commit of a repository.
+            token: of the hub, for private ones.
+            device: to put the model on.
+
+        Raises:
+            FileNotFoundError: neither.
+            ModuleNotFoundError: it is to be fetched, and huggingface_hub is not installed.
+            ValueError: as `load`.
+        """
+        return cls.load(hub.locate(source, revision=revision, token=token), device=device)
+
+    def push_to_hub(
+        self,
+        repository: str,
+        *,
+        license: str | None = None,  # noqa: A002
+        private: bool | None = None,
+        token: str | None = None,
+    ) -> str:
+        """Upload the folder of `save_pretrained` to the Hugging Face hub; returns the address of the commit.
+
+        Args:
+            repository: "owner/name"; made if it is not there. A card that is there stays.
+            license: of these weights, for a new card.
+            private: of a new repository.
+            token: by default the one of `hf auth login`.
+
+        Raises:
+            ModuleNotFoundError: huggingface_hub is not installed.
+            ValueError: a license for a card that is there already.
+        """
+        return hub.push(self, repository, license=license, private=private, token=token)
 
     @classmethod
     def from_reference(
