@@ -104,9 +104,7 @@ def _opened(path: str | os.PathLike[str]) -> "Iterator[Image.Image]":
     try:
         about = os.stat(path)
     except FileNotFoundError as error:
-        raise OSError(
-            "a link to a file that is not there" if Path(path).is_symlink() else "there is no such file"
-        ) from error
+        raise OSError("a link to no file" if Path(path).is_symlink() else "there is no such file") from error
     except OSError as error:
         raise OSError(error.strerror) from error
     if not stat.S_ISREG(about.st_mode):
