@@ -52,7 +52,7 @@ def read_image(path: str | os.PathLike[str], size: int | None = None, *, turn: b
     """
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # Pillow's, about odd data in files; what cannot be read is an error
-        with _opened(path) as image:
+        with opened(path) as image:
             if size is not None:
                 _decode_small(image, 4 * size)
             _check_size(image)
@@ -97,7 +97,7 @@ def center_crop(image: "Image.Image", size: int) -> "Image.Image":
 
 
 @contextmanager
-def _opened(path: str | os.PathLike[str]) -> "Iterator[Image.Image]":
+def opened(path: str | os.PathLike[str]) -> "Iterator[Image.Image]":
     """An image of which only the header was read."""
     from PIL import Image, JpegImagePlugin
 
