@@ -136,10 +136,10 @@ class _Files(Dataset[tuple[int, Tensor, str]]):
 
 
 def say_left_out(images: Images) -> None:
-    """Name files that were not compared."""
+    """Name files that were not compared, those that cannot be read first."""
     if images.left_out:
-        path, why = next(iter(images.left_out.items()))
-        print(f"{images.source}: {len(images.left_out)} files left out, such as {path.name!r} ({why})", file=sys.stderr)
+        named = [f"{path.name!r} ({why})" for path, why in reversed(images.left_out.items())][:5]
+        print(f"{images.source}: {len(images.left_out)} files left out, such as {', '.join(named)}", file=sys.stderr)
 
 
 def statistics(source: Path, metrics: list[str], extractor: str) -> dict[str, np.ndarray] | None:

@@ -135,7 +135,7 @@ def remarks(metrics: list[str], samples: int, reference: int | None, features: i
     if "kid" in metrics and count <= SUBSET:
         found.append(f"KID of one subset of {count}, not of 100 of {SUBSET}: without a deviation")
     if "prc" in metrics and count < 10_000:
-        found.append(f"precision and recall of {count} images grow with N: published ones are of 10000 or more")
+        found.append(f"precision and recall of {count} images change with N: published ones are of 10000 or more")
     return found
 
 
