@@ -3,9 +3,12 @@
 import json
 
 import pytest
+import torch
 
+from sprint.data import LatentDataset
 from sprint.data.images import find_images
 from sprint.data.labels import read_labels
+from sprint.data.latents import write_repa, write_repa_labels
 
 GOOD = [["00000/a.png", 1], ["00000/b.png", 0], ["c.png", 1]]
 
@@ -62,3 +65,18 @@ def test_no_json(folder):
         find_images(folder)
     write(folder, [["a", 5]])
     assert read_labels(folder / "dataset.json", ["a"], gaps=True) == {"a": 5}
+
+
+@pytest.mark.parametrize("label", [1.7, None, -1, "1", True])
+def test_labels_of_latents_are_checked_too(tmp_path, label):
+    name = write_repa(tmp_path, 0, None, torch.zeros(2, 1, 1))
+    write_repa_labels(tmp_path, [(name, label)])
+    with pytest.raises(ValueError, match="1 names have no class"):
+        LatentDataset(tmp_path)
+
+
+def test_latents_without_a_label_do_not_vanish(tmp_path):
+    names = [write_repa(tmp_path, i, None, torch.zeros(2, 1, 1)) for i in range(2)]
+    write_repa_labels(tmp_path, [(names[0], 3)])
+    with pytest.raises(ValueError, match="lists no label of 1 files, such as 00000/img-mean-std-00000001.npy"):
+        LatentDataset(tmp_path)

@@ -9,12 +9,12 @@ from typing import Any
 from sprint.checkpoint import PathLike
 
 
-def read_labels(path: PathLike, files: Iterable[str], *, gaps: bool = False) -> dict[str, int]:
+def read_labels(path: PathLike, files: Iterable[str] | None = None, *, gaps: bool = False) -> dict[str, int]:
     """Read and check one.
 
     Args:
         path: of the file.
-        files: names that it must label, all of them and no others.
+        files: names that it must label, all of them and no others; None does not look.
         gaps: whether classes may lack, between 0 and the highest.
 
     Returns:
@@ -40,9 +40,11 @@ def read_labels(path: PathLike, files: Iterable[str], *, gaps: bool = False) -> 
     _refuse(
         where, [name for name, count in Counter(name for name, _ in pairs).items() if count > 1], "names are there twice"
     )
-    labels, present = dict(pairs), set(files)
-    _refuse(where, sorted(set(labels) - present), "names have no file: the copy is not whole, or not finished")
-    _refuse(where, sorted(present - set(labels)), "files have no label")
+    labels = dict(pairs)
+    if files is not None:
+        present = set(files)
+        _refuse(where, sorted(set(labels) - present), "names have no file: the copy is not whole, or not finished")
+        _refuse(where, sorted(present - set(labels)), "files have no label")
     top, found = max(labels.values()), set(labels.values())
     if not gaps and len(found) <= top:  # counted first: the highest may be any number
         lacks = next(number for number in range(top) if number not in found)
