@@ -156,7 +156,7 @@ def evaluate(args: argparse.Namespace) -> dict[str, Any]:
         if not set(metrics) & set(args.metrics):
             continue
         kinds = ["fid" if metric == "fdd" else metric for metric in metrics]
-        theirs = Gathered(int(saved.get("count", 0)), saved) if saved is not None else None
+        theirs = Gathered(int(saved.get("count", 0)), statistics=saved) if saved is not None else None
         if images is not None and kinds != ["isc"]:
             theirs = gather(images, extractor, [kind for kind in kinds if kind != "isc"], options)
             enough(metrics, len(samples), theirs.count)
@@ -165,13 +165,22 @@ def evaluate(args: argparse.Namespace) -> dict[str, Any]:
         found |= numbers(metrics, ours, theirs, extractor)
         known = theirs.count if theirs and theirs.count else None
         notes += remarks(metrics, ours.count, known, 0 if ours.statistics is None else len(ours.statistics["mu"]))
+        if theirs and theirs.size and theirs.size != ours.size:
+            notes.append(
+                f"the samples are {sides(ours.size)} pixels, the reference {sides(theirs.size)}: compare the same size"
+            )
         if args.save_statistics and "fid" in metrics and theirs and theirs.statistics:
             file = io.BytesIO()
             np.savez(file, allow_pickle=False, network=extractor, **theirs.statistics)
             write_bytes(args.save_statistics, file.getvalue())
     for one in [samples, *([] if images is None else [images])]:
         say_left_out(one)
-    return found | ({"notes": notes} if notes else {})
+    return found | ({"notes": list(dict.fromkeys(notes))} if notes else {})
+
+
+def sides(size: tuple[int, ...]) -> str:
+    """Height and width as words."""
+    return "x".join(map(str, reversed(size)))
 
 
 def numbers(metrics: list[str], ours: Gathered, theirs: Gathered | None, extractor: str) -> dict[str, float]:

@@ -45,6 +45,8 @@ class Gathered:
 
     count: int = 0
     """Images that were read."""
+    size: tuple[int, ...] = ()
+    """Of each, (height, width)."""
     statistics: dict[str, np.ndarray] | None = None
     """For a Fréchet distance."""
     features: dict[str, Tensor] = field(default_factory=dict)
@@ -68,6 +70,7 @@ def gather(images: Images, extractor: str, metrics: list[str], options: dict[str
     layers = {metric: resolve_feature_layer_for_metric(metric, feature_extractor=extractor) for metric in metrics}
     network = create_feature_extractor(extractor, sorted(set(layers.values())), **options)
     moments, kept, count = Moments(), {layer: list[Tensor]() for metric, layer in layers.items() if metric != "fid"}, 0
+    size: tuple[int, ...] = ()
     with torch.no_grad():
         for batch in images.batches(options["batch_size"]):
             said = network.convert_features_tuple_to_dict(network(batch.cuda() if options["cuda"] else batch))
@@ -77,9 +80,10 @@ def gather(images: Images, extractor: str, metrics: list[str], options: dict[str
                 moments.add(said[layers["fid"]])
             for layer, features in kept.items():
                 features.append(said[layer].cpu())
-            count += len(batch)
+            count, size = count + len(batch), tuple(batch.shape[2:])
     if count < 2:
-        raise SystemExit(f"{images.source}: {count} of {len(images)} images could be read, a distribution needs more")
+        path, why = [*images.left_out.items()][-1]
+        raise SystemExit(f"{images.source}: only {count} of {len(images)} images could be read, not {path.name} ({why})")
     whole = {layer: torch.cat(features) for layer, features in kept.items()}
     found = moments.result() if "fid" in layers else None
-    return Gathered(count, found, {metric: whole[layer] for metric, layer in layers.items() if metric != "fid"})
+    return Gathered(count, size, found, {metric: whole[layer] for metric, layer in layers.items() if metric != "fid"})

@@ -27,7 +27,7 @@ from tqdm.auto import tqdm
 
 from sprint.checkpoint import write_text
 from sprint.data.images import ImageFolder, find_images, to_unit
-from sprint.data.latents import write_index, write_repa, write_repa_labels, write_shard
+from sprint.data.latents import shard_name, write_index, write_repa, write_repa_labels, write_shard
 from sprint.data.teacher import Teacher
 from sprint.data.vae import VAE
 from sprint.training.parallel import leave
@@ -132,6 +132,15 @@ def record(out: Path, number: int) -> Path:
     return out / "parts" / f"{number:05d}.json"
 
 
+def whole(args: argparse.Namespace, number: int) -> bool:
+    """Whether a part was done, and what its record tells of is still there."""
+    if not (file := record(args.out, number)).exists():
+        return False
+    labels = json.loads(file.read_text())["labels"]
+    names = [f"vae-sd/{name}" for name, _ in labels] if args.layout == "repa" else [shard_name(number)] * bool(labels)
+    return all((args.out / name).is_file() for name in names)
+
+
 def finish(args: argparse.Namespace, parts: int, classes: list[str], vae: VAE) -> None:
     """Write what makes the folder a dataset."""
     records = [json.loads(record(args.out, number).read_text()) for number in range(parts)]
@@ -188,7 +197,7 @@ def main() -> None:
         lines = (f"{printable(path)}\t{printable(why)}\n" for path, why in ignored.items())
         write_text(args.out / "ignored.txt", "".join(lines))
     state.wait_for_everyone()
-    mine = [n for n in range(parts) if n % state.num_processes == state.process_index and not record(args.out, n).exists()]
+    mine = [n for n in range(parts) if n % state.num_processes == state.process_index and not whole(args, n)]
     for number in tqdm(mine, desc="parts", disable=not state.is_main_process):
         prepare_part(number, args, images, vae=vae, teacher=teacher, device=state.device)
     state.wait_for_everyone()

@@ -184,6 +184,11 @@ def test_each_metric_says_how_many_it_needs(folder, evaluated, capsys):
     assert "KID, std" not in found  # of one subset of three, drawn a hundred times over
     assert any("FID of 3 images in 12 features says little" in note for note in found["notes"])
     assert (found["samples"], found["reference images"]) == (3, 30)
+    (folder / "small").mkdir()
+    for i in range(4):
+        Image.new("RGB", (8, 4), (40 * i, 0, 9)).save(folder / "small" / f"{i}.png")
+    found = evaluated("--metrics", "fid", samples="small")
+    assert "the samples are 8x4 pixels, the reference 16x16: compare the same size" in found["notes"]
     with pytest.raises(SystemExit):
         evaluated("--metrics", "sfid")
     assert "mixed_6/conv, which torch-fidelity does not give" in capsys.readouterr().err

@@ -136,6 +136,20 @@ def test_refusals(folder, tmp_path):
     assert "1 parts for 2 processes" in prepare(folder, tmp_path / "many", "--shard", 100, processes=2).stderr
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("layout", ["compact", "repa"])
+def test_what_is_lost_is_made_again(folder, layout, tmp_path):
+    assert prepare(folder, tmp_path, "--layout", layout).returncode == 0
+    before = [moments for moments, _ in LatentDataset(tmp_path)]
+    files = sorted(tmp_path.rglob("shard-*" if layout == "compact" else "img-mean-std-*"))
+    files[-1].unlink()
+    times = [file.stat().st_mtime_ns for file in files[:5] if file.exists()]
+    run = prepare(folder, tmp_path, "--layout", layout)
+    assert run.returncode == 0, run.stderr
+    assert all(a.equal(b) for a, (b, _) in zip(before, LatentDataset(tmp_path), strict=True))
+    assert [file.stat().st_mtime_ns for file in files[: len(times)]][:4] == times[:4]  # and nothing else
+
+
 def test_center_crop():
     gradient = torch.arange(200, dtype=torch.uint8).expand(100, 200)
     image = Image.fromarray(gradient.numpy())
