@@ -171,7 +171,7 @@ def evaluate(args: argparse.Namespace) -> dict[str, Any]:
             )
         if args.save_statistics and "fid" in metrics and theirs and theirs.statistics:
             file = io.BytesIO()
-            np.savez(file, allow_pickle=False, network=extractor, **theirs.statistics)
+            np.savez(file, network=extractor, **theirs.statistics)
             write_bytes(args.save_statistics, file.getvalue())
     for one in [samples, *([] if images is None else [images])]:
         say_left_out(one)

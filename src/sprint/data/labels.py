@@ -32,7 +32,7 @@ def read_labels(path: PathLike, files: Iterable[str] | None = None, *, gaps: boo
     if pairs is None and isinstance(content, dict) and "labels" in content:
         raise ValueError(f"{where} has null for its labels, as sets without classes have: sort the files into class folders")
     if not isinstance(pairs, list) or not pairs:
-        raise ValueError(f'{where} holds no labels, expected {{"labels": [["NAME", CLASS], ...]}}')
+        raise ValueError(f'{where} holds no labels, expected {{"labels": [["NAME", CLASS], ...]}}: mend it, or take it away')
     odd = [pair for pair in pairs if not (isinstance(pair, list) and len(pair) == 2 and _plain(pair[0]))]
     _refuse(where, odd, "entries are no pair of a relative name and a class")
     odd = [pair for pair in pairs if type(pair[1]) is not int or pair[1] < 0]
