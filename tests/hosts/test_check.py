@@ -196,10 +196,90 @@ class Positions(hosts.Block):
         return super().forward(x + self.own[:, : x.shape[1]], c)
 
 
-@pytest.mark.parametrize("block", [Scaled, Pooled, Positions])
+class Buffered(hosts.Block):
+    """Positions of its own, in a buffer that is zero, or in a plain attribute."""
+
+    kind = staticmethod(nn.Buffer)
+
+    def __init__(self, dim):
+        super().__init__(dim)
+        self.own = self.kind(torch.zeros(1, 16, dim))
+
+    def forward(self, x, c):
+        return super().forward(x + self.own[:, : x.shape[1]], c)
+
+
+class Attribute(Buffered):
+    kind = staticmethod(lambda tensor: tensor)
+
+
+@pytest.mark.parametrize("block", [Scaled, Pooled, Positions, Buffered, Attribute])
 def test_what_only_fewer_tokens_or_other_parameters_show(block):
     with pytest.raises(ValueError, match="FAILED"):
         findings(hosts.DiT(block=block).eval())
+
+
+def test_zeros_of_buffers_come_back():
+    model = sprint.wrap(hosts.DiT().eval(), drop=SPARSE)
+    model.register_buffer("mask", torch.tensor([0.0, float("-inf"), 0.5]))
+    model.register_buffer("switch", torch.tensor(0.0))
+    model.counts = torch.zeros(3, dtype=torch.long)
+    assert sprint.check(model, X, T, repeats=1).ok
+    assert model.mask.tolist() == [0.0, float("-inf"), 0.5]
+    assert model.switch == 0
+    assert not model.counts.any()
+
+
+def test_a_table_that_is_written_past_its_version_is_caught():
+    class Past(hosts.DiT):
+        def forward(self, x, t):
+            tokens, cond = self.embed(x).flatten(2).transpose(1, 2) + self.position, t[:, None].expand(-1, 16)
+            table = torch.empty(16, 16)
+            for i, block in enumerate(self.blocks):
+                table.data.copy_(self.rope * (1 + i))
+                tokens = block(tokens, cond, feat_rope=table)
+            return self.head(tokens)
+
+    host = sprint.Host((sprint.Blocks("blocks", tables={"feat_rope": sprint.Table(dim=0, batched=False)}),))
+    with pytest.raises(ValueError, match=f"FAILED {FEWER}"):
+        findings(Past(block=hosts.RotaryBlock, rope=True).eval(), host=host)
+
+
+@pytest.mark.parametrize("init", ["identity", "xavier"])
+@pytest.mark.parametrize("asks", [lambda m, b: type(b) is hosts.Block, lambda m, b: b is m.second])
+def test_a_forward_that_tells_its_blocks_apart_by_what_they_are(asks, init):
+    class Asking(hosts.DiT):
+        def __init__(self):
+            super().__init__()
+            self.__dict__["second"] = self.blocks[2]
+
+        def forward(self, x, t):
+            tokens, cond = self.embed(x).flatten(2).transpose(1, 2) + self.position, t[:, None].expand(-1, 16)
+            for block in self.blocks:
+                tokens = block(2 * tokens if asks(self, block) else tokens, cond)
+            return self.head(tokens)
+
+    with pytest.raises(ValueError, match=r"FAILED full path = the host itself .* type\(block\), or use `is`"):
+        findings(Asking().eval(), init=init)
+
+
+@pytest.mark.parametrize("drop", [SPARSE, None])
+def test_a_loop_of_another_model_over_the_blocks(drop):
+    class Outer(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.inner = sprint.wrap(hosts.DiT().eval(), drop=drop)
+
+        def forward(self, x, t):
+            tokens = self.inner.embed(x).flatten(2).transpose(1, 2)
+            for block in self.inner.blocks:
+                tokens = block(tokens, t[:, None].expand(-1, 16))
+            return self.inner.head(tokens)
+
+    with pytest.raises(
+        ValueError, match="Outer was called, and the forward of the wrapped DiT did not run.*loop of its own"
+    ):
+        sprint.check(Outer(), X, T, repeats=1)
 
 
 class Alternating(hosts.DiT):

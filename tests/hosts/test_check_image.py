@@ -92,6 +92,34 @@ def test_the_original_flux_with_the_image_first():
         check(Model(), TEXT, encoder_depth=3)
 
 
+@pytest.mark.parametrize("grid", [(20,), (4, 5), (5, 4)])
+@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize("first", [False, True])
+def test_registers_that_are_made_of_the_image(grid, packed, first):
+    class Registers(hosts.DiT):
+        def forward(self, x, t):
+            patches = x if packed else nn.functional.unfold(x, 2, stride=2).transpose(1, 2)  # (B, 16, 12)
+            tokens, cond = patches @ self.embed.weight.flatten(1).T + self.position, t[:, None].expand(-1, 16)
+            registers = tokens.mean(1, keepdim=True) * torch.arange(1.0, 5.0)[:, None]
+            tokens = torch.cat([registers, tokens] if first else [tokens, registers], dim=1)
+            for block in self.blocks:
+                tokens = block(tokens, cond)
+            return self.head(tokens)
+
+    image = nn.functional.unfold(X, 2, stride=2).transpose(1, 2) if packed else X
+    model = sprint.wrap(Registers().eval(), drop=RandomDrop(0.75), grid=grid)
+    with pytest.raises(ValueError, match=f"FAILED {IMAGE} +4 of 20 depend on both ends of 'x'"):
+        sprint.check(model, image, T, repeats=1)
+
+
+def test_an_image_that_is_normalised_as_a_whole():
+    class Normalised(hosts.DiT):
+        def forward(self, x, t):
+            return super().forward(x - x.mean((1, 2, 3), keepdim=True), t)
+
+    assert check(Normalised()).ok
+
+
 class Counted(hosts.DiT):
     """Blocks that are told how many tokens each sample has."""
 
@@ -123,7 +151,8 @@ def test_lengths_under_any_name():
 
 
 @pytest.mark.parametrize("batch", [1, 2])
-def test_batches_of_other_sizes_are_tried(batch):
+@pytest.mark.parametrize("length", [6, 10, 16, 64])
+def test_batches_of_other_sizes_are_tried(batch, length):
     """A shared vector of six numbers is no half of a guided batch of six."""
 
     class Weighing(hosts.Block):
@@ -134,9 +163,26 @@ def test_batches_of_other_sizes_are_tried(batch):
         def forward(self, x, t):
             tokens, cond = self.embed(x).flatten(2).transpose(1, 2) + self.position, t[:, None].expand(-1, 16)
             for block in self.blocks:
-                tokens = block(tokens, cond, torch.linspace(0.5, 1.5, 6))
+                tokens = block(tokens, cond, torch.linspace(0.5, 1.5, length))
             return nn.functional.fold(self.head(tokens).transpose(1, 2), x.shape[-2:], 2, stride=2)
 
     model = sprint.wrap(Model(block=Weighing).eval(), drop=SPARSE)
-    with pytest.raises(ValueError, match="FAILED a guided batch = its two halves"):
+    with pytest.raises(ValueError, match="FAILED a guided batch = its two halves .*'w' is as long as the batch, and halved"):
         sprint.check(model, X[:batch], T[:batch], repeats=1)
+
+
+def test_what_no_batch_that_is_tried_is_as_long_as():
+    class Weighing(hosts.Block):
+        def forward(self, x, c, w, odd):
+            return super().forward(x, c) * w.mean() * odd.mean()
+
+    class Model(hosts.DiT):
+        def forward(self, x, t):
+            tokens, cond = self.embed(x).flatten(2).transpose(1, 2) + self.position, t[:, None].expand(-1, 16)
+            for block in self.blocks:
+                tokens = block(tokens, cond, torch.linspace(0.5, 1.5, 256), torch.linspace(0.5, 1.5, 7))
+            return nn.functional.fold(self.head(tokens).transpose(1, 2), x.shape[-2:], 2, stride=2)
+
+    report = sprint.check(sprint.wrap(Model(block=Weighing).eval(), drop=SPARSE), X, T, repeats=1)
+    assert report.ok
+    assert "not tried in a batch as long as 'w' of 256, which would be halved" in str(report)

@@ -119,3 +119,17 @@ def test_random_state_is_kept_for_blocks_that_draw():
         model.blocks[1].dropout = nn.Dropout(0.5)
         model(X, T)
     assert kept == [False, True, False, False, False, False]
+
+
+@pytest.mark.parametrize("name", ["full", "sparse", "shallow"])
+def test_blocks_in_place_are_refused_where_they_are_recomputed(name):
+    class InPlace(hosts.Block):
+        def forward(self, x, c):
+            x += super().forward(x * 1, c)
+            return x
+
+    model = sprint.wrap(hosts.DiT(block=InPlace), drop=StructuredDrop(0.75), checkpoint=True)
+    with sprint.path(model, name), pytest.raises(RuntimeError, match=r"in place, .* write x = x \+ …, or wrap without"):
+        model(X, T)
+    with sprint.path(model, name), torch.no_grad():
+        assert model(X, T).shape == X.shape

@@ -1,5 +1,6 @@
 """Tables without a batch, gathered for each sample: whatever a block does with them, or an error."""
 
+import einops
 import hosts
 import pytest
 import torch
@@ -38,6 +39,11 @@ USES = {
     "mask": lambda q, r: F.scaled_dot_product_attention(q, q, q, attn_mask=r[:, :5].mm(r[:, :5].t())),
     "linear": lambda q, r: q * F.linear(r, torch.ones(8, 8)),
     "cat": lambda q, r: torch.cat([q[:, 0], r[None]], -1),
+    "rearrange": lambda q, r: q * einops.rearrange(r, "n (two d) -> n 1 (two d)", two=2).transpose(0, 1),
+    "repeat": lambda q, r: turned(
+        q, einops.repeat(r[:, :4], "n d -> n (d 2)"), einops.repeat(r, "n d -> b 1 n d", b=len(q))
+    ),
+    "reduce": lambda q, r: q * einops.reduce(r, "n d -> n 1", "sum"),
     "cut": lambda q, r: q * r[: q.shape[2]][None],
 }
 
@@ -70,6 +76,123 @@ def test_where_the_batch_cannot_be_told(batch):
     ):
         with pytest.raises((TypeError, RuntimeError)):
             use(q, Rows(TABLE[keep]))
+
+
+def attend(q, mask=None):
+    return F.scaled_dot_product_attention(q, q, q, attn_mask=mask)
+
+
+def heads_first(x, r):
+    q = x.unflatten(-1, (2, 8)).permute(2, 0, 1, 3).contiguous()  # (h, B, K, D)
+    return attend(q * r[:, :8]).permute(1, 2, 0, 3).flatten(2)
+
+
+def heads_second(x, r):
+    return attend(x.unflatten(-1, (2, 8)).transpose(1, 2) * r[:, :8]).transpose(1, 2).flatten(2)
+
+
+def biased(bias):
+    def use(x, r):
+        return attend(x.unflatten(-1, (2, 8)).transpose(1, 2), bias(x, r)).transpose(1, 2).flatten(2)
+
+    return use
+
+
+SLOPES = torch.tensor([0.5, 2.0])[:, None, None]
+AMBIGUOUS = {
+    "heads first": heads_first,
+    "alibi": biased(lambda x, r: SLOPES * r),
+    "alibi of [None]": biased(lambda x, r: SLOPES * r[None]),
+    "bias of heads": biased(lambda x, r: (x @ x.mT).mean(0, keepdim=True).repeat(2, 1, 1) * r),
+    "stack": lambda x, r: (torch.stack([x, x.sin()]) * r).sum(0),
+}
+TOLD = {
+    "heads second": heads_second,
+    "one head": lambda x, r: attend(x[:, None] * r)[:, 0],
+    "alibi of [None, None]": biased(lambda x, r: SLOPES * r[None, None]),
+    "tokens": lambda x, r: x + r,
+    "in place": lambda x, r: x.clone().mul_(2) * r,
+    "sum of samples": lambda x, r: x.sum((1, 2), keepdim=True) * r,
+}
+
+
+def calling(use, *, dropout=0.0):
+    """A model whose block uses a table, (16, 16), or a mask of that shape, and notes its batches."""
+
+    class Block(hosts.Block):
+        def __init__(self, dim):
+            super().__init__(dim)
+            self.dropout = nn.Dropout(dropout)
+
+        def forward(self, x, c, side):
+            batches.append(len(x))
+            return super().forward(x + self.dropout(use(self.norm(x), side)), c)
+
+    class Model(hosts.DiT):
+        def forward(self, x, t):
+            tokens, cond = self.embed(x).flatten(2).transpose(1, 2) + self.position, t[:, None].expand(-1, 16)
+            for block in self.blocks:
+                tokens = block(tokens, cond, SIDE)
+            return self.head(tokens)
+
+    batches = []
+    return Model(block=Block), batches
+
+
+SIDE, KEEP = torch.randn(16, 16, generator=torch.Generator().manual_seed(3)), torch.tensor([[5, 0, 9, 12], [2, 3, 15, 8]])
+
+
+def sparse(model, x, t, keep, *, shared=False):
+    """On the sparse path; shared draws need no rows for each sample."""
+
+    class Drop:
+        def sample(self, batch, grid, **options):
+            return sprint.TokenSubset(keep, 16)
+
+    Drop.shared = shared
+    with sprint.path(model, "sparse", drop=Drop()):
+        return model(x, t)
+
+
+def host_of(name):
+    mask = "alibi" in name or "bias" in name
+    return Host((Blocks("blocks", tables={"side": Table(dim=(0, 1) if mask else 0, batched=False)}),))
+
+
+@pytest.mark.parametrize("name", AMBIGUOUS)
+def test_as_many_heads_as_samples_are_not_taken_for_them(name):
+    model = sprint.wrap(calling(AMBIGUOUS[name])[0].eval(), host=host_of(name))
+    message = r"batch of 2 meets a tensor of the shape \(2, .*whose axis 0 is not the batch, .*table\[None, None\]"
+    with pytest.raises(RuntimeError, match=message):
+        sparse(model, torch.randn(2, 3, 8, 8), torch.rand(2), KEEP)
+
+
+@pytest.mark.parametrize("name", TOLD)
+def test_what_follows_the_samples_is_told(name):
+    model, batches = calling(TOLD[name])
+    sprint.wrap(model.eval(), host=host_of(name))
+    x, t = torch.randn(2, 3, 8, 8), torch.rand(2)
+    apart = [sparse(model, x[i : i + 1], t[i : i + 1], KEEP[i : i + 1], shared=True) for i in range(2)]
+    with torch.inference_mode():
+        torch.testing.assert_close(sparse(model, x, t, KEEP), torch.cat(apart), rtol=1e-4, atol=1e-5)  # float32
+        batches.clear()
+        sparse(model, x, t, KEEP)
+    assert batches == [2] * 6  # once it is told
+
+
+def test_trying_what_follows_the_samples_leaves_no_trace():
+    outputs, gradients = [], []
+    model = sprint.wrap(calling(TOLD["tokens"], dropout=0.5)[0].train(), host=host_of("tokens"), path_drop=0.0)
+    x, t = torch.randn(2, 3, 8, 8), torch.rand(2)
+    for _ in range(2):  # the second time it is told
+        torch.manual_seed(0)
+        model.zero_grad()
+        outputs.append(sparse(model, x, t, KEEP))
+        outputs[-1].square().sum().backward()
+        gradients.append([p.grad for p in model.parameters() if p.grad is not None])
+    assert model.sprint.proved
+    assert outputs[0].equal(outputs[1])
+    assert all(one.equal(other) for one, other in zip(*gradients, strict=True))
 
 
 class RotaryDiT(hosts.DiT):

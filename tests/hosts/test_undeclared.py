@@ -116,11 +116,14 @@ class Flux(nn.Module):
         self.single_blocks = nn.ModuleList([self.Single(dim) for _ in range(3)])
         self.img_in, self.final = nn.Linear(3, dim), nn.Linear(dim, 3)
 
+    skipped = ()  # numbers of double blocks
+
     def forward(self, img, txt, t):
         pe = torch.linspace(0.5, 1.5, (img.shape[1] + txt.shape[1]) * 8).view(1, 1, -1, 8, 1, 1).expand(-1, -1, -1, -1, 2, 2)
         img, vec = self.img_in(img), t[:, None].expand(-1, 16)
-        for block in self.double_blocks:
-            img, txt = block(img, txt, vec, pe)
+        for i, block in enumerate(self.double_blocks):
+            if i not in self.skipped:
+                img, txt = block(img, txt, vec, pe)
         stream = torch.cat([txt, img], 1)
         for block in self.single_blocks:
             stream = block(stream, vec, pe)
@@ -136,6 +139,19 @@ def test_double_and_single_blocks(depths):
     inputs = torch.randn(2, 16, 3, generator=generator), torch.randn(2, 5, 16, generator=generator), T
     report = sprint.check(model, *inputs)
     assert report.ok, report
+
+
+@pytest.mark.parametrize("skipped", [(1,), (0, 1)])
+def test_a_middle_of_double_blocks_that_are_all_skipped(skipped):
+    model = sprint.wrap(Flux().eval(), encoder_depth=1, decoder_depth=4, drop=StructuredDrop(0.75), grid=(4, 4))
+    model.skipped = skipped
+    generator = torch.Generator().manual_seed(1)
+    images, texts = torch.randn(2, 16, 3, generator=generator), torch.randn(2, 5, 16, generator=generator)
+    expected = [model(images, texts, T)]
+    with sprint.path(model, "shallow"):
+        expected.append(model(images, texts, T))
+    model.sprint.weak_half = "second"
+    torch.testing.assert_close(model(*(torch.cat([value, value]) for value in (images, texts, T))), torch.cat(expected))
 
 
 def test_a_list_whose_last_block_is_of_another_class():

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from sprint.hosts.mechanism.paths import path
 from sprint.hosts.mechanism.state import SprintState, find_wrapped
+from sprint.hosts.mechanism.tables import kept_in
 from sprint.hosts.outputs import first_tensor
 from sprint.hosts.trials import FEWER, ORDER, Trials, gradients
 from sprint.hosts.tried import Finding
@@ -89,7 +90,8 @@ def check(
         The findings and times; `print` it.
 
     Raises:
-        ValueError: something that must hold does not; the message is the whole report.
+        ValueError: something that must hold does not; the message is the whole report. Or the wrapped model's own forward
+            did not run, so that no path was taken.
     """
     host, state = find_wrapped(model)
 
@@ -102,6 +104,7 @@ def check(
         model.eval()
         with torch.no_grad():
             findings = [trials.identity()]
+            trials.enters()
             with _perturbed(host):
                 trials.blind = not trials.middle_matters()
                 findings += [trials.order(), trials.fewer(), trials.image(), trials.counts(), trials.alone()]
@@ -132,22 +135,31 @@ def _left_as_it_was(model: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def _perturbed(model: nn.Module) -> Iterator[None]:
-    """Parameters with some noise, and bit by bit what they were afterwards.
+    """Parameters with some noise, and zeros of other tensors that modules keep; bit by bit what they were afterwards.
 
     Gates and output of a fresh model are often zero, so that its output shows nothing of what its middle blocks do; and so
-    may be positions and biases, of which it then shows nothing.
+    may be positions and biases, of which it then shows nothing. What is no parameter is changed at its zeros alone, and to
+    small positive numbers, of which a root or a logarithm can be taken; a single number may be a switch, and stays.
     """
-    parameters = [p for p in model.parameters() if p.is_floating_point() and p.dtype.itemsize > 1]
-    before = [parameter.clone() for parameter in parameters]
+    kept = {id(value): value for module in model.modules() for value in kept_in(module).values()}.values()
+    kept = [x for x in kept if x.is_floating_point() and x.dtype.itemsize > 1 and not x.is_inference()]
+    parameters = [x for x in kept if isinstance(x, nn.Parameter)]
+    others = [x for x in kept if not isinstance(x, nn.Parameter) and x.numel() > 1 and x.is_contiguous() and (x == 0).any()]
+    before = [value.clone() for value in (*parameters, *others)]
     try:
         torch.manual_seed(0)
         for parameter in parameters:
-            width = parameter.shape[-1] if parameter.ndim else 1
-            parameter.add_(torch.randn_like(parameter), alpha=min(0.05, width**-0.5))
+            parameter.add_(torch.randn_like(parameter), alpha=_noise(parameter))
+        for value in others:
+            value.add_(torch.rand_like(value) * (value == 0), alpha=_noise(value))
         yield
     finally:
-        for parameter, value in zip(parameters, before, strict=True):
-            parameter.copy_(value)
+        for value, earlier in zip((*parameters, *others), before, strict=True):
+            value.copy_(earlier)
+
+
+def _noise(like: Tensor) -> float:
+    return min(0.05, (like.shape[-1] if like.ndim else 1) ** -0.5)
 
 
 def _tolerance(model: nn.Module) -> float:

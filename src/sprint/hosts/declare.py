@@ -171,6 +171,11 @@ def registered() -> list[str]:
     return sorted(name if isinstance(name, str) else f"{name.__module__}.{name.__qualname__}" for name in _HOSTS)
 
 
+def is_ours(host: Host) -> bool:
+    """Whether a declaration is one of this package, which its tests have tried."""
+    return any(host is known for kind, known in _HOSTS.items() if isinstance(kind, str))
+
+
 def declared(kind: type) -> Host | str | None:
     """What is said of a class of models, or of one that it is made from: its declaration, or why it cannot be wrapped."""
     for base in kind.__mro__:

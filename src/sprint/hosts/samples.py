@@ -1,15 +1,18 @@
 """Trials of `check` on the samples of a batch: they never mix, and padded text is never seen."""
 
 import re
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.utils._pytree import tree_leaves, tree_map
 
+from sprint.hosts.mechanism.holders import leaves
 from sprint.hosts.tried import Draws, Finding, Inputs, Tried, generator, noise, text_of
 from sprint.middle.tokens import TokenSubset
 
+LONGEST = 64  # samples of the largest batch that is tried
 JUNK = 10.0  # standard deviation of what stands in padded text
 
 
@@ -42,11 +45,33 @@ class Samples(Tried):
         return self._compared(name, torch.cat([full, sparse]), torch.cat([*fulls, *kept]))
 
     def halves(self) -> Finding:
-        """Both branches of guidance in one batch are what they are apart, in batches of several sizes."""
-        found = [self._halves(size) for size in sorted({self._batch(), 1, 2, 3} - {0})]
-        worst = [finding for finding in found if finding.ok is False]
-        own = found[sorted({self._batch(), 1, 2, 3} - {0}).index(self._batch())] if self._batch() else found[0]
-        return (worst or [own])[0]
+        """Both branches of guidance in one batch are what they are apart, in batches of several sizes, those among them that
+        another argument of the blocks is as long as."""
+        shared, own = self._shared(), self._batch() or 1
+        found = {size: self._halves(size) for size in sorted({own, 1, 2, 3, *(n // 2 for n in shared if n <= LONGEST)})}
+        size, finding = next(((n, each) for n, each in found.items() if each.ok is False), (own, found[own]))
+        longer = [f"{name} of {length}" for length, name in shared.items() if length > LONGEST and finding.ok]
+        remark = f"; not tried in a batch as long as {longer[0]}, which would be halved" if longer else ""
+        if finding.ok is False and 2 * size in shared:
+            remark = f"; {shared[2 * size]} is as long as the batch, and halved: keep it as a buffer of the model"
+        return replace(finding, detail=finding.detail + remark)
+
+    def _shared(self) -> dict[int, str]:
+        """Even lengths of tensors that middle blocks get and that follow no batch, with their names."""
+        try:
+            two, three = (
+                [
+                    (len(leaf), name)
+                    for place, named in self._met(inputs=self._rows(batch))
+                    for name, value in named.items()
+                    for leaf in (() if name in place.blocks.tables else leaves(value))
+                    if isinstance(leaf, Tensor) and leaf.ndim
+                ]
+                for batch in (2, 3)
+            )
+        except Exception:  # whatever the host raises: the trials say so
+            return {}
+        return {length: repr(name) for length, name in {*two} & {*three} if not length % 2}
 
     def _halves(self, batch: int) -> Finding:
         name, mine = "a guided batch = its two halves", self._rows(batch)

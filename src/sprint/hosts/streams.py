@@ -4,7 +4,7 @@ counts it."""
 import math
 from typing import Any
 
-from torch import Tensor, nn
+from torch import Tensor
 from torch.utils._pytree import tree_leaves, tree_map
 
 from sprint.hosts.mechanism.holders import leaves
@@ -37,18 +37,22 @@ class Streams(Tried):
         name = next(iter(self._named()))
         if not moved.any():
             return Finding(IMAGE, None, f"NOT PROVED: no token depends on {name!r}, the first argument")
-        if not moved.all():
-            numbers = ", ".join(map(str, (~moved).nonzero().flatten().tolist()[:5]))
+        stray, what = ~moved, f"do not depend on {name!r}"
+        if isinstance(x, Tensor) and x.ndim > 2 and self.state.host.grid is None:
+            ends = [(slice(None), end) if x.ndim == 3 else (..., end, end) for end in (0, -1)]
+            everywhere = changed(_raised(x, ends[0])) & changed(_raised(x, ends[1]))
+            if not stray.any() and not everywhere.all():
+                stray, what = everywhere, f"depend on both ends of {name!r}, as no patch does unless the image is very small"
+        if stray.any():
+            numbers = ", ".join(map(str, stray.nonzero().flatten().tolist()[:5]))
             return Finding(
                 IMAGE,
                 False,
-                f"{int((~moved).sum())} of {length} do not depend on {name!r} (token {numbers}, …): class tokens, "
-                "registers, a text or a reference among them; correct stream=, image_tokens= or grid=",
+                f"{int(stray.sum())} of {length} {what} (token {numbers}, …): class tokens, registers, a text or a "
+                "reference among them; correct stream=, image_tokens= or grid=",
             )
         if isinstance(x, Tensor) and x.ndim > 3 and self.state.host.grid is None and len(grid) > 1:
-            corner = x.clone()
-            corner[..., 0, -1] += 1
-            moved, (*_, rows, columns) = changed(corner), grid
+            moved, (*_, rows, columns) = changed(_raised(x, (..., 0, -1))), grid
             ends = [columns - 1] if rows != columns else [columns - 1, (columns - 1) * rows]  # by rows, or by columns
             if not moved.all() and not any(moved[end] for end in ends):
                 found = ", ".join(map(str, moved.nonzero().flatten().tolist()[:3]))
@@ -58,6 +62,10 @@ class Streams(Tried):
                     f"the last pixel of the first row is not in token {ends[0]} of a grid {grid}, but in {found}",
                 )
         return Finding(IMAGE, True, f"all {length} depend on {name!r}")
+
+    def enters(self) -> None:
+        """Raise ValueError where no call reaches the wrapped model's own forward."""
+        self._captured((self.args, self.kwargs))
 
     def _captured(self, inputs: "Inputs") -> Tensor:
         """The image tokens that would enter the middle, had the encoder's blocks not mixed them."""
@@ -69,6 +77,12 @@ class Streams(Tried):
             self._set("idle", "encoder", "shallow", inputs)
         finally:
             hook.remove()
+        if not captured:
+            raise ValueError(
+                f"{type(self.model).__name__} was called, and the forward of the wrapped {type(self.host).__name__} did not "
+                "run, so that no path was taken: a loop of its own over the blocks runs all tokens on every path; call the "
+                "wrapped model itself"
+            )
         return captured[0]
 
     def _inputs_with(self, image: Any) -> "Inputs":
@@ -80,11 +94,8 @@ class Streams(Tried):
 
     def counts(self) -> Finding | None:
         """No argument of the blocks is how many tokens each sample has; None if so."""
-        place, _ = next(pair for pair in reversed(self.state.places) if pair[1] <= self.state.first)
-        found: list[str] = []
-
-        def look(module: nn.Module, args: tuple, kwargs: dict) -> None:
-            named = place.named(args, kwargs)
+        found = []
+        for place, named in self._met():
             length = named[place.image].shape[1]
             for name, value in named.items():
                 told = name in (place.image, place.blocks.text, *place.blocks.tables, *place.blocks.others, *place.sides)
@@ -92,12 +103,6 @@ class Streams(Tried):
                     whole = isinstance(leaf, Tensor) and not leaf.is_floating_point() and leaf.ndim == 1
                     if whole and len(leaf) and bool((leaf == length).all()):
                         found.append(name)
-
-        hook = self._first_block(place).register_forward_pre_hook(look, with_kwargs=True)
-        try:
-            self.run("full")
-        finally:
-            hook.remove()
         if self.state.drop is None or not found:
             return None
         return Finding(
@@ -108,22 +113,19 @@ class Streams(Tried):
         """What is dropped: image tokens, their grid, those that are kept."""
         if self.state.drop is None:
             return ""
-        draws, length = Draws(self.state.drop), 0
-        place, _ = next(pair for pair in reversed(self.state.places) if pair[1] <= self.state.first)
-
-        def measure(module: nn.Module, args: tuple, kwargs: dict) -> None:
-            nonlocal length
-            length = place.named(args, kwargs)[place.image].shape[1]
-
-        hook = self._first_block(place).register_forward_pre_hook(measure, with_kwargs=True)
-        try:
-            self.run("full")
-            self.run("sparse", drop=draws.drop)
-        finally:
-            hook.remove()
+        draws = Draws(self.state.drop)
+        lengths = [named[place.image].shape[1] for place, named in self._met()]
+        self.run("sparse", drop=draws.drop)
         if draws.subset is None:
             return ""
         drawn, grid = draws.subset.num_tokens, "x".join(map(str, draws.grid))
-        stream = "" if length == drawn else f" of {length}"
+        stream = "" if lengths[:1] in ([], [drawn]) else f" of {lengths[0]}"
         kept = draws.subset.num_kept
         return f"image tokens {drawn}{stream}, grid {grid}, kept {kept} ({100 * kept / drawn:.3g} %)"
+
+
+def _raised(image: Tensor, place: Any) -> Tensor:
+    """The image with one more at a place."""
+    image = image.clone()
+    image[place] += 1
+    return image

@@ -68,6 +68,12 @@ class Trials(Samples, Streams):
             host = self._set("bypassed", True, "full")
         finally:
             self.host.__class__ = kind
+        passed = self._set("idle", "fusion", "full")
+        if not passed.equal(host):
+            detail = (
+                f"relative difference {difference(host, passed):.1e}: does its forward ask for type(block), or use `is`?"
+            )
+            return Finding(name, False, f"{detail} Its blocks are stand-ins meanwhile: isinstance, or ==")
         apart = difference(host, full)
         if not _is_identity(self.host.sprint.fusion):  # pyright: ignore[reportAttributeAccessIssue, reportArgumentType]
             return Finding(name, None, f"the fusion is not the identity (any more): relative difference {apart:.1e}")
@@ -144,31 +150,11 @@ class Trials(Samples, Streams):
 
     def middle_calls(self) -> Finding:
         """The shallow path calls no middle block."""
-        calls, hooks, index = 0, [], 0
-        seen: set[nn.Module] = set()
-
-        def count(*_: Any) -> None:
-            nonlocal calls
-            calls += 1
-
-        for place, _ in self.state.places:
-            blocks = self.host.get_submodule(place.blocks.name)
-            for block in blocks if isinstance(blocks, nn.ModuleList | nn.Sequential) else [blocks]:
-                if self.state.first <= index <= self.state.last:
-                    hooks.append(block.register_forward_hook(count))
-                seen.add(block)
-                index += 1
-        name = "shallow path skips the middle"
-        try:
-            if len(seen) < index:
-                return Finding(
-                    name, None, "some blocks are one and the same module, so that their calls cannot be told apart"
-                )
-            self.run("shallow")
-        finally:
-            for hook in hooks:
-                hook.remove()
-        return Finding(name, calls == 0, f"{calls} calls of {len(hooks)} middle blocks")
+        name, blocks = "shallow path skips the middle", [block for _, block in self._blocks()]
+        if len({*blocks}) < len(blocks):
+            return Finding(name, None, "some blocks are one and the same module, so that their calls cannot be told apart")
+        calls = len(self._met("shallow"))
+        return Finding(name, calls == 0, f"{calls} calls of {self.state.last - self.state.first + 1} middle blocks")
 
     def gradients(self) -> Finding:
         """Every parameter that learns on the full path learns on the sparse path, as it does with masked attention."""

@@ -3,12 +3,14 @@
 import copy
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
+from sprint.hosts.mechanism.places import Place
 from sprint.hosts.mechanism.state import SprintState
 from sprint.hosts.outputs import difference
 from sprint.middle.drop import Drop
@@ -89,9 +91,30 @@ class Tried:
         finally:
             setattr(self.state, name, before)
 
-    def _first_block(self, place: Any) -> nn.Module:
-        blocks = self.host.get_submodule(place.blocks.name)
-        return next(iter(blocks)) if isinstance(blocks, nn.ModuleList | nn.Sequential) else blocks
+    def _blocks(self) -> list[tuple[Place, nn.Module]]:
+        """All blocks in order, and where they are called."""
+        found = []
+        for place, _ in self.state.places:
+            run = self.host.get_submodule(place.blocks.name)
+            blocks = list(run) if isinstance(run, nn.ModuleList | nn.Sequential) else [run]
+            found += [(place.at(i), block) for i, block in enumerate(blocks)]
+        return found
+
+    def _met(self, path: str = "full", inputs: "Inputs | None" = None) -> list[tuple[Place, dict[str, Any]]]:
+        """What each middle block gets that runs, by name."""
+        met: list[tuple[Place, dict[str, Any]]] = []
+
+        def meet(place: Place, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
+            met.append((place, place.named(args, kwargs)))
+
+        middle = self._blocks()[self.state.first : self.state.last + 1]
+        hooks = [block.register_forward_pre_hook(partial(meet, place), with_kwargs=True) for place, block in middle]
+        try:
+            self.run(path, inputs)
+        finally:
+            for hook in hooks:
+                hook.remove()
+        return met
 
     def _same(self, one: Tensor, other: Tensor) -> bool:
         return one.shape == other.shape and difference(one, other) < self.tolerance

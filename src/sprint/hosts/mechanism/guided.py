@@ -40,7 +40,7 @@ def take(place: Place, named: dict[str, Any], rows: slice, *, batch: int, model:
     def taken(value: Any) -> Any:
         if not isinstance(value, Tensor) or not value.ndim or len(value) != batch:
             return value
-        own.update({} if own else map(id, _own(model)))
+        own.update({} if own else map(id, own_tensors(model)))
         return value if id(value) in own else value[rows]
 
     for name, value in named.items():
@@ -56,7 +56,8 @@ def take(place: Place, named: dict[str, Any], rows: slice, *, batch: int, model:
             named[name] = mapped(taken, value)
 
 
-def _own(model: nn.Module) -> Iterator[Tensor]:
+def own_tensors(model: nn.Module) -> Iterator[Tensor]:
+    """Parameters and buffers, which have no row for each sample, however long they are."""
     yield from model.parameters()
     yield from model.buffers()
 

@@ -19,9 +19,10 @@ from sprint.hosts.mechanism.bound import Stop
 from sprint.hosts.mechanism.guided import all_rows, strong_half, take
 from sprint.hosts.mechanism.keep import Keeper
 from sprint.hosts.mechanism.places import Place
+from sprint.hosts.mechanism.proof import proved
 from sprint.hosts.mechanism.recompute import Debt, draws
 from sprint.hosts.mechanism.sides import hint, refuse_undeclared
-from sprint.hosts.mechanism.tables import Tables
+from sprint.hosts.mechanism.tables import Tables, versions_of
 from sprint.random import uniform
 
 if TYPE_CHECKING:
@@ -65,9 +66,7 @@ class Route:
         if self.state.masked is not None:
             block = stop.block  # not in a checkpoint, whose recomputation would not be masked
         elif self.state.checkpoint and torch.is_grad_enabled():
-            # Blocks that draw nothing need no random state, which a CUDA graph could not read.
-            keep = torch.compiler.is_compiling() or draws(stop.block)
-            block = partial(checkpoint, block, use_reentrant=False, preserve_rng_state=keep)
+            block = partial(_recomputed, block, place, preserve_rng_state=torch.compiler.is_compiling() or draws(stop.block))
         named = place.named(args, kwargs)
         self._in_order(index)
         if self.num_tokens is None:
@@ -93,7 +92,7 @@ class Route:
                 take(place, named, self.strong, batch=len(self.shallow), model=self.model)
             if self.path == "sparse" and self.state.masked is None:
                 self._gather(place, named, entering=entering)
-            parts = place.parts(self._call(place, block, named, args, kwargs))
+            parts = place.parts(self._call(stop, block, named, args, kwargs))
             self._refuse_other_text(place, named, parts.get("text"))
         self.returned = place.blocks, parts["image"].shape[1]
         if index == last:
@@ -101,14 +100,19 @@ class Route:
         self.between = True
         return place.packed(parts)
 
-    def _call(self, place: Place, block: Callable[..., Any], named: dict[str, Any], args: tuple, kwargs: dict) -> Any:
+    def _call(self, stop: Stop, block: Callable[..., Any], named: dict[str, Any], args: tuple, kwargs: dict) -> Any:
+        place = stop.place
         if self.state.masked is not None and self.subset is not None:
             with self.state.masked.of(self.subset, self.order):
                 return place.call(block, named, args, kwargs)
         if self.path != "sparse" or torch.compiler.is_compiling():
             return place.call(block, named, args, kwargs)
         try:
-            return place.call(block, named, args, kwargs)
+
+            def call(block: Any, named: dict[str, Any]) -> Any:
+                return place.call(block, named, args, kwargs)
+
+            return proved(call, block, named, stop=stop, state=self.state, model=self.model)
         except (RuntimeError, ValueError, TypeError, AttributeError, AssertionError) as error:
             advice = hint(place, named, self.num_tokens or 0, shared=bool(getattr(self.drop, "shared", False)))
             if not advice:
@@ -305,7 +309,7 @@ class Route:
             self.state.weak_ran = True
         if self.path == "shallow":
             image = self.fusion(shallow)
-        else:
+        elif self.state.idle != "fusion":
             image = self.fusion(shallow, image, self.subset, dropped=self.dropped)
             if self.dropped is not None and text is not None and shallow_text is not None:
                 text = torch.where(self.dropped.view(-1, *[1] * (text.ndim - 1)), shallow_text, text)
@@ -335,13 +339,14 @@ class Route:
         self.late = index
         if self.entered in (-1, index):  # all of them
             self._enter(place, index, named)
+            if self.strong is not None:
+                for name in filter(None, (place.image, place.blocks.text)):
+                    named[name] = named[name][self.strong]
             image, text = self._split(place.blocks.stream, self._sorted(named[place.image]))
             if self.path == "sparse":
                 assert self.subset is not None
                 image = self.subset.gather(image)
                 self.length = self.subset.num_kept
-            if self.strong is not None:
-                image, text = image[self.strong], None if text is None else text[self.strong]
             named[place.image] = self._join(place.blocks.stream, image, text)
             if self.path != "sparse":
                 named[place.image] = self._unsorted(named[place.image])
@@ -387,6 +392,18 @@ class Route:
         if self.order is None:
             return stream
         return stream.gather(1, self.order.argsort(dim=1).unsqueeze(-1).expand(-1, -1, stream.shape[-1]))
+
+
+def _recomputed(block: Callable[..., Any], place: Place, *args: Any, preserve_rng_state: bool, **kwargs: Any) -> Any:
+    """The block in a checkpoint; one that draws nothing needs no random state, which a CUDA graph could not read."""
+    before = None if torch.compiler.is_compiling() else versions_of((args, kwargs))
+    output = checkpoint(block, *args, use_reentrant=False, preserve_rng_state=preserve_rng_state, **kwargs)
+    if before is not None and before != versions_of((args, kwargs)):
+        raise RuntimeError(
+            f"blocks {place.blocks.name!r} change their arguments in place, from which a checkpoint would recompute them: "
+            f"write {place.image} = {place.image} + …, or wrap without checkpoint=True"
+        )
+    return output
 
 
 def _pasted(place: Place) -> str:

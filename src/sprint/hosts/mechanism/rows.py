@@ -5,13 +5,20 @@ gives for each sample by itself, as a batch of one. Both hold for every function
 run at once, the others under `torch.vmap`. What cannot be told raises.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
+
+try:
+    from einops._backends import TorchBackend
+except ImportError:  # a later einops: it refuses rows, in words
+    TorchBackend = object
 
 _PROPERTIES = {"dtype", "device", "layout", "requires_grad", "is_cuda", "is_complex", "is_floating_point", "is_contiguous"}
 _CASTS = {"to", "float", "half", "bfloat16", "double", "type", "type_as", "contiguous", "clone", "detach"}
@@ -42,6 +49,7 @@ _SHARED = (
     "cannot be done with one row set per sample: wrap with a drop sampler that is shared by the batch, "
     "StructuredDrop(…, shared=True)"
 )
+_WATCHED: ContextVar[tuple[list[Any], Callable[[Tensor], Any]] | None] = ContextVar("watched", default=None)
 
 
 class Rows:
@@ -124,6 +132,15 @@ class Rows:
         return _applied(_attribute(name), (self,), {})
 
 
+class _Einops(TorchBackend):  # pyright: ignore[reportGeneralTypeIssues]
+    """Tells einops, which looks for subclasses of its backends, that it may do with rows what it does with tensors."""
+
+    framework_name = __name__
+
+    def is_appropriate_type(self, tensor: Any) -> bool:
+        return isinstance(tensor, Rows)
+
+
 def _operator(name: str) -> Callable[..., Any]:
     method = getattr(Tensor, f"__{name}__")
     return lambda self, other: _applied(method, (self, other), {})
@@ -160,13 +177,33 @@ def _applied(func: Callable[..., Any], args: tuple, kwargs: dict[str, Any]) -> A
     batched = [free and 0 < x.ndim == max(rank, axes) and (batch == 1 or x.shape[0] != 1) for x in plain]
     for tensor, has_batch in zip(plain, batched, strict=True):
         if has_batch and (tensor.shape[0] != batch or (rank > axes + 2 and 1 < batch == tensor.shape[1])):
-            raise TypeError(
-                f"a table for a batch of {batch} meets a tensor of the shape {tuple(tensor.shape)}, whose batch is not "
-                f"axis 0 or cannot be told, which {_SHARED}"
-            )
+            raise untold(tensor, batch)
+    if not torch.compiler.is_compiling() and (met := _WATCHED.get()) is not None:
+        seen, see = met
+        seen.extend(see(tensor) for tensor, has_batch in zip(plain, batched, strict=True) if has_batch)
     if name in _NUMBERS:
         return _at_once(func, leaves, spec, rank=max(rank, axes), mixed=any(batched))
     return _one_by_one(func, leaves, spec, mixed=any(batched), batched=iter(batched))
+
+
+def untold(tensor: Tensor, batch: int) -> TypeError:
+    """The error of a tensor that meets rows, and whose batch is not axis 0."""
+    return TypeError(
+        f"a table for a batch of {batch} meets a tensor of the shape {tuple(tensor.shape)}, whose axis 0 is not the batch, "
+        "or cannot be told from it (heads, say): if it has no batch, give the table an axis for each of batch and heads, "
+        f"table[None, None]; else this {_SHARED}"
+    )
+
+
+@contextmanager
+def watched(see: Callable[[Tensor], Any]) -> Iterator[list[Any]]:
+    """Meanwhile, list what is seen of the tensors that meet rows and are taken to hold the batch along axis 0."""
+    seen: list[Any] = []
+    token = _WATCHED.set((seen, see))
+    try:
+        yield seen
+    finally:
+        _WATCHED.reset(token)
 
 
 def _is_free(table: Rows) -> bool:

@@ -44,7 +44,7 @@ def _table(tensor: Tensor, batch: int, num_tokens: int) -> str:
 
 def hint(place: Place, named: Mapping[str, Any], num_tokens: int, *, shared: bool = False) -> str:
     """What to declare, for the error of a middle block on the sparse path; empty if no side input may be its cause."""
-    per_sample = [name for name, value in named.items() if name in place.blocks.tables and _has_rows(value)]
+    per_sample = has_rows(place, named)
     if per_sample and not shared:
         return (
             f"a middle block failed on kept tokens, and {', '.join(map(repr, per_sample))}, a table without a batch, came "
@@ -60,8 +60,10 @@ def hint(place: Place, named: Mapping[str, Any], num_tokens: int, *, shared: boo
     )
 
 
-def _has_rows(value: Any) -> bool:
-    return any(isinstance(item, (Rows, GatheredModule)) for item in leaves(value))
+def has_rows(place: Place, named: Mapping[str, Any]) -> list[str]:
+    """Tables that have a row set for each sample, by name."""
+    per_sample = (Rows, GatheredModule)
+    return [name for name in place.blocks.tables if any(isinstance(item, per_sample) for item in leaves(named.get(name)))]
 
 
 def _tables(place: Place, named: Mapping[str, Any], num_tokens: int) -> Iterator[tuple[str, Tensor]]:

@@ -8,7 +8,7 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
-from sprint.hosts.declare import Host
+from sprint.hosts.declare import Host, is_ours
 from sprint.hosts.mechanism.masked import Masked
 from sprint.hosts.mechanism.places import Place, by_name
 from sprint.middle.drop import Drop
@@ -38,8 +38,10 @@ class SprintState(nn.Module):
         self.weak_ran = False  # a call has taken the shallow path; no count, for which torch.compile would compile each call
         self.guider_path: Any = None  # the path that a guider of diffusers chose for the call that it prepared
         self.bypassed = False  # run the host as if it were not wrapped, for `check`
-        self.idle: Literal["middle", "encoder"] | None = None  # blocks that return what they get, for `check`
+        self.idle: Literal["middle", "encoder", "fusion"] | None = None  # what returns what it gets, for `check`
         self.masked: Masked | None = None  # nothing is gathered, and attention masked instead, for `check`
+        self.doubts = not is_ours(host)  # whether it is to be tried what meets the rows of tables
+        self.proved: set[tuple[str, type]] = set()  # blocks of which that is known
         self.route: Chosen = FULL
         self.latest: Chosen = self.route  # of the last forward pass
         self.held_by: list[int] = []  # the thread, as often as it is within a call or a `with path(...)`

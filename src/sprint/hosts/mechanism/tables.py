@@ -74,7 +74,7 @@ class Tables:
     def of(self, name: str, value: Any, table: Table | tuple[Table, ...], subset: TokenSubset, **options: Any) -> Any:
         """The rows of the kept tokens, as `gather_rows`."""
         before, told, rows = self.rows.get(name, (None, None, None))
-        versions = None if torch.compiler.is_compiling() else _versions(value)  # what is gathered twice there, runs once
+        versions = None if torch.compiler.is_compiling() else versions_of(value)  # what is gathered twice there, runs once
         if before is value and told is not None and told == versions:
             return rows
         if before is not None:
@@ -84,7 +84,7 @@ class Tables:
         return rows
 
 
-def _versions(value: Any) -> list[int]:
+def versions_of(value: Any) -> list[int]:
     """How often each tensor was written."""
     return [leaf._version for leaf in leaves(value) if isinstance(leaf, Tensor) and not leaf.is_inference()]
 
