@@ -171,7 +171,8 @@ def evaluate(args: argparse.Namespace) -> dict[str, Any]:
             )
         if args.save_statistics and "fid" in metrics and theirs and theirs.statistics:
             file = io.BytesIO()
-            np.savez(file, network=extractor, **theirs.statistics)
+            mu, sigma, count = (theirs.statistics[name] for name in ("mu", "sigma", "count"))
+            np.savez(file, mu=mu, sigma=sigma, count=count, network=np.array(extractor))
             write_bytes(args.save_statistics, file.getvalue())
     for one in [samples, *([] if images is None else [images])]:
         say_left_out(one)
