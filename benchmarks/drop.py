@@ -27,6 +27,7 @@ def main() -> None:
     tokens = torch.randn(args.batch, subset.num_tokens, args.dim, device=device, dtype=dtype)
     sparse = subset.gather(tokens)
     fusion = sprint.SparseDenseResidual(args.dim).to(device, dtype)
+    assert fusion.mask_token is not None
     block = Block(args.dim, args.dim // 64).to(device, dtype)
     cond, rope = torch.randn(args.batch, args.dim, device=device, dtype=dtype), axial_rope(args.grid, 64, device=device)
 

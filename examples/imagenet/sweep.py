@@ -34,6 +34,7 @@ def parse() -> argparse.Namespace:
     parser = sample.options(__doc__)
     parser.add_argument("--reference", type=Path, required=True, help="folder of images, .npz of images, or of mu and sigma")
     parser.add_argument("--crop", type=int, help="crop reference images to this size, as prepare.py does")
+    parser.add_argument("--ignore-exif", action="store_true", help="do not turn images by their EXIF data, as in prepare.py")
     parser.add_argument("--guidance", nargs="+", choices=sample.GUIDANCE[1:], default=["cfg", "pdg"])
     parser.add_argument("--scales", nargs="+", type=float, default=[1.0, 1.25, 1.5, 2.0, 3.0, 4.0])
     parser.add_argument("--metrics", nargs="+", choices=["fid", "fdd"], default=["fid", "fdd"])
@@ -58,8 +59,11 @@ class Reference:
     """What samples are compared with; its features are computed once."""
 
     def __init__(self, args: argparse.Namespace) -> None:
-        self.saved = evaluate.statistics(args.reference, args.metrics)
-        self.images = evaluate.Images(args.reference, args.crop).check() if self.saved is None else None
+        self.saved = evaluate.statistics(args.reference, args.metrics, args.inception)
+        turn = not args.ignore_exif
+        self.images = None
+        if self.saved is None:
+            self.images = evaluate.Images(args.reference, args.crop, turn=turn, strict=False).check()
         self.options, self.known = evaluate.settings(args.batch), dict[str, Any]()
 
     def distance(self, samples: Path, extractor: str) -> float:
@@ -67,6 +71,8 @@ class Reference:
         if extractor not in self.known:
             images = self.images
             self.known[extractor] = self.saved if images is None else evaluate.moments(images, extractor, self.options)
+            if images is not None:
+                evaluate.say_left_out(images)
         return evaluate.frechet(evaluate.Images(samples), self.known[extractor], extractor, self.options)
 
 
@@ -114,7 +120,7 @@ def main() -> None:
                 continue
             file = args.out / f"{point.out.name}.point.json"
             known = json.loads(file.read_text()) if file.exists() else {}
-            about = {name: str(getattr(args, name)) for name in ("reference", "crop", "inception", "dino")}
+            about = {name: str(getattr(args, name)) for name in ("reference", "crop", "ignore_exif", "inception", "dino")}
             said = {"samples": args.count, "weights": fingerprint(args.checkpoint), **about}
             if not said.items() <= known.items():
                 known = {"guidance": guidance, "scale": scale, **said}

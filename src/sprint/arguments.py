@@ -23,6 +23,7 @@ import torch
 from torch import Tensor, nn
 
 F = TypeVar("F", bound=Callable[..., Any])  # a class is one too
+FIRST = 100  # items of a long sequence that are looked at
 _PLURALS = {"a number": "numbers", "a whole number": "whole numbers", "text": "texts", "a tensor": "tensors"}
 _BY_PLACE = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
 _UNCHECKED = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
@@ -165,7 +166,7 @@ def _sequence(origin: Any, inner: tuple[Any, ...]) -> _Kind:
     def fits(value: Any) -> bool:
         if not isinstance(value, collections.abc.Sequence) or isinstance(value, str | bytes):
             return False
-        kinds = each if fixed else each * len(value)
+        kinds = each if fixed else each * min(len(value), FIRST)
         return not each or all(any(kind.takes(item) for kind in one) for one, item in zip(kinds, value, strict=False))
 
     def takes(value: Any) -> bool:

@@ -1,6 +1,7 @@
 """prepare.py: both layouts hold the VAE's moments of every readable image, whatever interrupts it."""
 
 import json
+import os
 import signal
 import subprocess
 import sys
@@ -135,6 +136,20 @@ def test_refusals(folder, tmp_path):
     assert "1 parts for 2 processes" in prepare(folder, tmp_path / "many", "--shard", 100, processes=2).stderr
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("layout", ["compact", "repa"])
+def test_what_is_lost_is_made_again(folder, layout, tmp_path):
+    assert prepare(folder, tmp_path, "--layout", layout).returncode == 0
+    before = [moments for moments, _ in LatentDataset(tmp_path)]
+    files = sorted(tmp_path.rglob("shard-*" if layout == "compact" else "img-mean-std-*"))
+    files[-1].unlink()
+    times = [file.stat().st_mtime_ns for file in files[:5] if file.exists()]
+    run = prepare(folder, tmp_path, "--layout", layout)
+    assert run.returncode == 0, run.stderr
+    assert all(a.equal(b) for a, (b, _) in zip(before, LatentDataset(tmp_path), strict=True))
+    assert [file.stat().st_mtime_ns for file in files[: len(times)]][:4] == times[:4]  # and nothing else
+
+
 def test_center_crop():
     gradient = torch.arange(200, dtype=torch.uint8).expand(100, 200)
     image = Image.fromarray(gradient.numpy())
@@ -202,3 +217,39 @@ def test_a_mistake_does_not_bind_the_folder(folder, tmp_path):
     assert "--size 33 is not divisible by 2" in run.stderr
     assert "Traceback" not in prepare(folder, tmp_path / "out", "--vae", tmp_path / "none").stderr
     assert prepare(folder, tmp_path / "out").returncode == 0
+
+
+def test_nothing_but_its_own_folder_is_written_to(folder, tmp_path):
+    """Refused before the VAE is looked for."""
+    (tmp_path / "thesis.txt").write_text("mine")
+    run = prepare(folder, tmp_path, "--vae", "nowhere")
+    assert "holds what prepare.py did not make: choose another --out" in run.stderr
+    assert [path.name for path in tmp_path.iterdir()] == ["thesis.txt"]
+    assert "where it would become a class" in prepare(folder, folder / "images" / "out").stderr
+    (tmp_path / "thesis.txt").rename(tmp_path / "plan.json")
+    (tmp_path / "plan.json").write_text("{}")
+    assert "holds what prepare.py did not make" in prepare(folder, tmp_path).stderr
+
+
+@pytest.mark.slow
+def test_what_is_left_out_is_listed_with_the_reason(folder, tmp_path):
+    images = tmp_path / "images"
+    for name in ("a/pipe.jpg", "b/two\nlines.png"):
+        (images / name).parent.mkdir(parents=True)
+    os.mkfifo(images / "a" / "pipe.jpg")
+    (images / "b" / "two\nlines.png").touch()
+    (images / "b" / "notes.txt").touch()
+    out = tmp_path / "out"
+    run = prepare(folder, out, "--images", images)
+    assert run.returncode == 1
+    assert "none of 2 files could be read, such as a/pipe.jpg (a pipe, socket or device, not a file)" in run.stderr
+    assert not (out / "index.json").exists()
+    Image.new("L", (40, 30), 7).save(images / "b" / "good.png")
+    run = prepare(folder, tmp_path / "again", "--images", images)
+    assert run.returncode == 0, run.stderr
+    assert "1 images of 2 classes prepared" in run.stdout
+    assert "2 corrupt (corrupt.txt), 1 other files (ignored.txt)" in run.stdout
+    assert "1 classes without an image: a" in run.stdout
+    listed = (tmp_path / "again" / "corrupt.txt").read_text().splitlines()
+    assert listed == ["a/pipe.jpg\ta pipe, socket or device, not a file", "b/two\\nlines.png\tan empty file"]
+    assert (tmp_path / "again" / "ignored.txt").read_text() == "b/notes.txt\tits suffix is no image's\n"

@@ -43,6 +43,7 @@ LAZY = {
     "xformers",
     "tqdm",
     "PIL",
+    "pillow_heif",
     "timm",
     "typing_extensions",
 }  # inside the function that needs them, or for types

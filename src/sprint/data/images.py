@@ -1,10 +1,10 @@
-"""Images on disk: a folder in ImageNet's layout, read, cropped as ADM does, and scaled to [-1, 1]. Needs Pillow."""
+"""Images on disk: a folder in ImageNet's layout or with a dataset.json, cropped as ADM does. Needs Pillow."""
 
 import math
 import os
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -13,11 +13,18 @@ from torch.utils.data import Dataset
 
 from sprint.arguments import checked
 from sprint.checkpoint import PathLike
+from sprint.data.decode import as_rgb, center_crop, read_image
+from sprint.data.labels import read_labels
 
-if TYPE_CHECKING:
-    from PIL import Image
+SUFFIXES = (
+    ".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".apng", ".webp", ".bmp", ".dib", ".gif", ".tif", ".tiff", ".avif", ".heic",
+    ".heif", ".hif", ".jp2", ".jxl", ".ppm", ".pgm", ".pbm", ".pnm", ".tga", ".qoi",
+)  # fmt: skip
+"""Of files that are taken for pictures; what they hold is seen when they are read."""
 
-SUFFIXES = (".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff")
+LABELS = "dataset.json"
+
+__all__ = ["Found", "ImageFolder", "as_rgb", "center_crop", "find_images", "read_image", "save_grid", "to_uint8", "to_unit"]
 
 
 class Found(NamedTuple):
@@ -27,72 +34,70 @@ class Found(NamedTuple):
     """Path and class id."""
     classes: list[str]
     """Names, by id."""
-    ignored: list[Path]
-    """Files that are taken for no images: of other kinds, in no class folder, or hidden."""
+    ignored: dict[Path, str]
+    """Files and folders that are taken for no images, and why."""
 
 
 @checked
 def find_images(folder: PathLike) -> Found:
-    """All images of a folder with one subfolder per class (ImageNet's layout), in a fixed order.
+    """All images of a folder, in a fixed order, with their classes.
 
     Args:
-        folder: classes are its subfolders, numbered in alphabetical order; hidden ones are none. Links are followed.
+        folder: with one subfolder per class (ImageNet's layout), numbered in alphabetical order; hidden ones are none. Or
+            with a `dataset.json`, which gives every image a number (EDM's and StyleGAN's layout: `sprint.data.labels`).
+            Links are followed.
 
     Returns:
-        Images, classes, and the files that were left out.
+        Images, classes, and what was left out.
 
     Raises:
         FileNotFoundError: no such folder, no class folders, or no images in them.
+        ValueError: a dataset.json that does not fit the images.
     """
     root = Path(folder)
     if not root.is_dir():
-        raise FileNotFoundError(f"there is no folder {root}")
-    classes = sorted(path.name for path in root.iterdir() if path.is_dir() and not path.name.startswith("."))
-    label = {name: number for number, name in enumerate(classes)}
-    found: list[tuple[Path, int]] = []
-    ignored: list[Path] = []
-    walked: set[str] = set()  # a link may lead back
-    for folder_path, folders, names in os.walk(root, followlinks=True):
-        walked.add(os.path.realpath(folder_path))
-        folders[:] = [name for name in folders if os.path.realpath(Path(folder_path, name)) not in walked]
-        for name in names:
-            path = Path(folder_path, name).relative_to(root)
-            parts = path.as_posix().split("/")
-            wanted = len(parts) > 1 and parts[0] in label and path.suffix.lower() in SUFFIXES
-            if wanted and not any(part.startswith(".") for part in parts):
-                found.append((path, label[parts[0]]))
-            else:
-                ignored.append(path)
-    found.sort(key=lambda image: (image[1], image[0]))
-    if not found:
+        about = f"{root} is a file, expected a folder: unpack it" if root.exists() else f"there is no folder {root}"
+        raise FileNotFoundError(about)
+    files, ignored = _walk(root)
+    if (root / LABELS).is_file():
+        ignored.pop(Path(LABELS), None)
+        named = read_labels(root / LABELS, [path.as_posix() for path in files])
+        labelled = [(path, named[path.as_posix()]) for path in sorted(files)]
+        classes = [str(number) for number in range(max(named.values()) + 1)]
+    else:
+        classes = sorted(path.name for path in root.iterdir() if path.is_dir() and not path.name.startswith("."))
+        number = {name: i for i, name in enumerate(classes)}
+        labelled = [(path, number[path.parts[0]]) for path in files if len(path.parts) > 1]
+        ignored |= {path: "in no class folder" for path in files if len(path.parts) == 1}
+    if not labelled:
         raise FileNotFoundError(
-            f"{root} holds no images in class folders, expected {root}/CLASS/NAME with one of {', '.join(SUFFIXES)}"
+            f"{root} holds no images in class folders, expected {root}/CLASS/NAME with one of {', '.join(SUFFIXES)}, or "
+            f"images and their {LABELS}"
         )
-    return Found(found, classes, sorted(ignored))
+    return Found(sorted(labelled, key=lambda image: (image[1], image[0])), classes, dict(sorted(ignored.items())))
 
 
-def as_rgb(image: "Image.Image") -> "Image.Image":
-    """In 8-bit RGB; 16-bit grey is scaled, which Pillow's own conversion clips to white."""
-    from PIL import Image
+def _walk(root: Path) -> tuple[list[Path], dict[Path, str]]:
+    """Files that may be images, relative to a folder, and why others are none."""
+    files, ignored, walked = list[Path](), dict[Path, str](), set[str]()  # a link may lead back
 
-    if image.mode.startswith("I"):
-        return Image.fromarray((np.asarray(image).astype(np.int64) // 257).clip(0, 255).astype(np.uint8)).convert("RGB")
-    return image.convert("RGB")
+    def unreadable(error: OSError) -> None:
+        ignored[Path(error.filename).relative_to(root)] = f"a folder that cannot be read: {error.strerror}"
 
-
-def center_crop(image: "Image.Image", size: int) -> "Image.Image":
-    """Scale the shorter side to `size` and cut out the middle, as ADM's preprocessing does (arXiv 2105.05233).
-
-    Halved with a box filter while twice as large, then resized bicubically: this is the crop behind published ImageNet FIDs.
-    """
-    from PIL.Image import Resampling
-
-    while min(image.size) >= 2 * size:
-        image = image.resize((image.width // 2, image.height // 2), Resampling.BOX)
-    scale = size / min(image.size)
-    image = image.resize((round(image.width * scale), round(image.height * scale)), Resampling.BICUBIC)
-    left, top = (image.width - size) // 2, (image.height - size) // 2
-    return image.crop((left, top, left + size, top + size))
+    for place, folders, names in os.walk(root, followlinks=True, onerror=unreadable):
+        walked.add(os.path.realpath(place))
+        folders[:] = [name for name in folders if os.path.realpath(Path(place, name)) not in walked]
+        here = Path(place).relative_to(root)
+        if not folders and not names and here.suffix.lower() in SUFFIXES:
+            ignored[here] = "an empty folder"
+        for path in (here / name for name in names):
+            if any(part.startswith(".") for part in path.parts):
+                ignored[path] = "hidden"
+            elif path.suffix.lower() not in SUFFIXES:
+                ignored[path] = "its suffix is no image's"
+            else:
+                files.append(path)
+    return files, ignored
 
 
 @checked
@@ -103,25 +108,35 @@ class ImageFolder(Dataset[tuple[Tensor, int, str]]):
         folder: that the paths are relative to.
         images: (path, class id), as `find_images` gives them.
         size: of the crop.
+        turn: pictures by the orientation in their EXIF data; ADM's preprocessing did not.
+
+    Raises:
+        ValueError: no size of a crop.
     """
 
-    def __init__(self, folder: PathLike, images: Sequence[tuple[Path, int]], *, size: int) -> None:
-        self.folder, self.images, self.size = Path(folder), images, size
+    def __init__(self, folder: PathLike, images: Sequence[tuple[Path, int]], *, size: int, turn: bool = True) -> None:
+        if size < 1:
+            raise ValueError(f"size must be at least 1, got {size}")
+        self.folder, self.images, self.size, self.turn = Path(folder), images, size, turn
 
     def __len__(self) -> int:
         return len(self.images)
 
     def __getitem__(self, index: int) -> tuple[Tensor, int, str]:
         """Image (3, size, size) uint8, class id, and what is wrong with the file ("" if nothing, else it is black)."""
-        from PIL import Image
-
         path, label = self.images[index]
         try:
-            with Image.open(self.folder / path) as file:
-                image = center_crop(as_rgb(file), self.size)
-        except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-            return torch.zeros(3, self.size, self.size, dtype=torch.uint8), label, f"{type(error).__name__}: {error}"
+            image = read_image(self.folder / path, self.size, turn=self.turn)
+        except Exception as error:  # Pillow's for a broken file are of any kind
+            return torch.zeros(3, self.size, self.size, dtype=torch.uint8), label, reason(error)
         return torch.from_numpy(np.array(image)).permute(2, 0, 1).contiguous(), label, ""
+
+
+def reason(error: Exception) -> str:
+    """Why a file cannot be read, in a few words."""
+    return (
+        str(error) if isinstance(error, ValueError | OSError) and str(error) else f"{type(error).__name__} {error}".strip()
+    )
 
 
 @checked

@@ -24,6 +24,7 @@ from torch.utils.data import Dataset
 
 from sprint.arguments import checked
 from sprint.checkpoint import PathLike, write_bytes, write_tensors, write_text
+from sprint.data.labels import read_labels
 from sprint.data.vae import scaled
 from sprint.random import normal
 
@@ -278,15 +279,19 @@ class _Files:
         self.folder, self.images = folder / "vae-sd", list[Path]()
         file = folder / ABOUT
         self.about: dict[str, Any] = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
-        pairs = json.loads((self.folder / "dataset.json").read_text(encoding="utf-8"))["labels"]
-        by_name = dict(pairs)
+        by_name = read_labels(self.folder / "dataset.json", gaps=True)
         self.names = sorted(by_name)
         self.labels = torch.tensor([by_name[name] for name in self.names], dtype=torch.int64)
-        present = {str(path.relative_to(self.folder)) for path in self.folder.rglob("*.npy")}
+        present = {path.relative_to(self.folder).as_posix() for path in self.folder.rglob("*.npy")}
         if missing := sorted(set(self.names) - present):
             raise FileNotFoundError(
                 f"{len(missing)} files that {self.folder / 'dataset.json'} lists are missing, such as {missing[0]}: the "
                 "preparation has not finished, or the copy is not whole"
+            )
+        if unlisted := sorted(present - set(self.names)):
+            raise ValueError(
+                f"{self.folder / 'dataset.json'} lists no label of {len(unlisted)} files, such as {unlisted[0]}: give each "
+                "one, or take the files away"
             )
         self.shape = tuple(self.moments(0).shape) if self.names else ()
 
