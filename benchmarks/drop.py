@@ -27,12 +27,13 @@ def main() -> None:
     tokens = torch.randn(args.batch, subset.num_tokens, args.dim, device=device, dtype=dtype)
     sparse = subset.gather(tokens)
     fusion = sprint.SparseDenseResidual(args.dim).to(device, dtype)
-    assert fusion.mask_token is not None
+    mask = fusion.mask_token
+    assert mask is not None
     block = Block(args.dim, args.dim // 64).to(device, dtype)
     cond, rope = torch.randn(args.batch, args.dim, device=device, dtype=dtype), axial_rope(args.grid, 64, device=device)
 
     def padded() -> torch.Tensor:
-        full = subset.restore(sparse, fusion.mask_token)
+        full = subset.restore(sparse, mask)
         return torch.nn.functional.linear(torch.cat([full, tokens], dim=-1), fusion.proj.weight, fusion.proj.bias)
 
     jobs = {

@@ -23,6 +23,7 @@ import torch
 from torch import Tensor, nn
 
 F = TypeVar("F", bound=Callable[..., Any])  # a class is one too
+C = TypeVar("C", bound=type)
 FIRST = 100  # items of a long sequence that are looked at
 _PLURALS = {"a number": "numbers", "a whole number": "whole numbers", "text": "texts", "a tensor": "tensors"}
 _BY_PLACE = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
@@ -61,6 +62,17 @@ def checked(target: F) -> F:
     return typing.cast(F, call)
 
 
+def called(word: str) -> Callable[[C], C]:
+    """Decorate a class with what an error calls it, such as "a drop sampler such as StructuredDrop(0.75)"."""
+
+    def note(kind: C) -> C:
+        _CALLED[kind] = word
+        return kind
+
+    return note
+
+
+_CALLED: dict[Any, str] = {}
 _LOOKS: dict[Any, tuple[list[str], dict[str, "_Look"]]] = {}
 """By function, once it was called: its parameters in order, and what each takes. Not in the closure, which dynamo reads."""
 
@@ -150,7 +162,8 @@ def _kind(hint: Any) -> _Kind:  # noqa: PLR0911, one line for each kind of hint
         return _Kind("a function", lambda value: callable(value) and (makes or not isinstance(value, type)))
     kind = origin or hint
     if getattr(kind, "_is_protocol", False):
-        wanted = [name for name in dir(kind) if not hasattr(typing.Protocol, name) and name != "__abstractmethods__"]
+        wanted = [name for name in dir(kind) if not name.startswith("_")]
+        wanted += ["__call__"] if any("__call__" in vars(base) for base in kind.__mro__) else []
         return _Kind(_article(kind), lambda value: not isinstance(value, type) and all(hasattr(value, n) for n in wanted))
     if not isinstance(kind, type):
         return _Kind("anything", lambda value: True)
@@ -161,16 +174,18 @@ def _sequence(origin: Any, inner: tuple[Any, ...]) -> _Kind:
     """Of elements of one kind, or of as many as are named; a list may stand for a tuple."""
     fixed = origin is tuple and len(inner) > 1 and inner[1] is not Ellipsis
     each = [[_kind(choice) for choice in _choices(hint)] for hint in (inner if fixed else inner[:1])]
-    word = " or ".join(dict.fromkeys(_PLURALS.get(kind.word, kind.word) for kind in each[0])) if each else "anything"
+    words = [" or ".join(dict.fromkeys(_PLURALS.get(kind.word, kind.word) for kind in one)) for one in each]
+    word = " and ".join(dict.fromkeys(words)) or "anything"
 
-    def fits(value: Any) -> bool:
+    def fits(value: Any, *, near: bool = True) -> bool:
         if not isinstance(value, collections.abc.Sequence) or isinstance(value, str | bytes):
             return False
         kinds = each if fixed else each * min(len(value), FIRST)
-        return not each or all(any(kind.takes(item) for kind in one) for one, item in zip(kinds, value, strict=False))
+        pairs = zip(kinds, value, strict=False) if each else ()
+        return all(any(kind.takes(item) or (near and kind.near(item)) for kind in one) for one, item in pairs)
 
     def takes(value: Any) -> bool:
-        return fits(value) and (not fixed or len(value) == len(each))
+        return fits(value, near=False) and (not fixed or len(value) == len(each))
 
     return _Kind(f"{len(each)} {word}, in a tuple" if fixed else f"a sequence of {word}", takes, near=fits)
 
@@ -202,6 +217,8 @@ def _name(kind: Any) -> str:
 
 
 def _article(kind: type) -> str:
+    if kind in _CALLED:
+        return _CALLED[kind]
     if kind is Tensor:
         return "a tensor"
     if kind is nn.Module:

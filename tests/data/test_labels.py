@@ -70,7 +70,7 @@ def test_no_json(folder):
 @pytest.mark.parametrize("label", [1.7, None, -1, "1", True])
 def test_labels_of_latents_are_checked_too(tmp_path, label):
     name = write_repa(tmp_path, 0, None, torch.zeros(2, 1, 1))
-    write_repa_labels(tmp_path, [(name, label)])
+    (tmp_path / "vae-sd" / "dataset.json").write_text(json.dumps({"labels": [[name, label]]}))
     with pytest.raises(ValueError, match="1 names have no class"):
         LatentDataset(tmp_path)
 

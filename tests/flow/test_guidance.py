@@ -198,14 +198,17 @@ def test_bad_rescaling(rescale):
 @BOTH
 @pytest.mark.parametrize("scale", [float("nan"), float("inf")])
 def test_bad_scales(guidance, scale):
-    with pytest.raises(ValueError, match="scale must be a finite number, 1 for off"):
+    with pytest.raises(ValueError, match="scale must be a finite number, 1 for off|scale of .* must be a number.*got nan"):
         guidance(scale)
 
 
 @BOTH
 @pytest.mark.parametrize("interval", [(-0.1, 0.5), (0.8, 0.3), (0.5, 1.1), (0.5,)])
 def test_bad_intervals(guidance, interval):
-    with pytest.raises(ValueError, match=r"interval must be \(low, high\) with 0 <= low <= high <= 1 \(0 data, 1 noise\)"):
+    with pytest.raises(
+        ValueError,
+        match=r"interval must be \(low, high\) with 0 <= low|interval of .* must be 2 numbers",
+    ):
         guidance(2.0, interval=interval)
 
 
@@ -218,7 +221,7 @@ def test_what_cannot_be_guided(model):
         PathDropGuidance(2.0)(nn.Linear(1, 1), X, 0.5, Y)
     with pytest.raises(ValueError, match="one SparseMiddle, or a wrapped one, function has 0"):
         PathDropGuidance(2.0)(lambda x, t, y: x, X, 0.5, Y)
-    with pytest.raises(ValueError, match="weak must be 'null' or 'same', got 'none'"):
+    with pytest.raises(ValueError, match="weak of PathDropGuidance must be one of 'null', 'same', got the text 'none'"):
         PathDropGuidance(2.0, weak="none")
     with pytest.raises(ValueError, match="leave null out, or choose weak='null'"):
         PathDropGuidance(2.0, weak="same", null=Y)
@@ -244,7 +247,7 @@ def test_scales_of_time_and_of_each_sample(model, guidance):
         (torch.ones(2, 2), ValueError, r"scale must be one number, or one per sample, \(B,\), got \(2, 2\)"),
         (lambda t: float("nan"), ValueError, r"scale\(0.5\) must be a finite number, 1 for off, got nan"),
         (lambda t: None, TypeError, r"scale\(0.5\) must be a number, .* or a function of t, got NoneType"),
-        ("3", TypeError, "scale must be a number, .* got str"),
+        ("3", TypeError, "scale of ClassifierFreeGuidance must be a number or .* got the text '3'"),
     ],
 )
 def test_bad_scales_of_time_and_sample(model, scale, error, message):

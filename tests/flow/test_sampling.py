@@ -238,11 +238,15 @@ def test_progress_bar_counts_steps(capsys):
     [
         ({"solver": "rk4"}, ValueError, "unknown solver 'rk4': choose one of euler, heun, sde, or pass a Solver"),
         ({"steps": 0}, ValueError, "steps must be a whole number, at least 1, got 0"),
-        ({"steps": 2.5}, ValueError, "steps must be a whole number, at least 1, got 2.5"),
-        ({"guidance": 3.0}, TypeError, r"must be one like ClassifierFreeGuidance\(3.0\), got 3.0"),
+        ({"steps": 2.5}, TypeError, "steps of sample must be a whole number, got 2.5"),
+        (
+            {"guidance": 3.0},
+            TypeError,
+            r"guidance of sample must be a guidance such as .* got 3.0",
+        ),
         ({"solver": "sde", "steps": 1}, ValueError, "SDE solver needs at least 2 steps, got 1"),
         ({"interpolant": "vp"}, ValueError, "unknown interpolant 'vp'"),
-        ({"prediction": "eps"}, ValueError, "unknown prediction 'eps'"),
+        ({"prediction": "eps"}, ValueError, "prediction of sample must be one of"),
         ({"noise": torch.ones(2, 4, 8, 8, dtype=torch.int64)}, TypeError, "noise must be floating point, got torch.int64"),
         ({"y": torch.tensor([1, 2, 3])}, ValueError, "y holds 3 conditions for 2 samples"),
         ({"y": torch.tensor([1, 12])}, ValueError, "class ids from 1 to 12, expected 0 to 9"),

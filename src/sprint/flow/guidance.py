@@ -18,6 +18,7 @@ from typing import Any, Literal, Protocol
 import torch
 from torch import Tensor, nn
 
+from sprint.arguments import called, checked
 from sprint.flow.conventions import prediction_in
 from sprint.flow.holders import unwrapped
 from sprint.flow.interpolants import like
@@ -34,6 +35,7 @@ _UNTRAINED = (
 )
 
 
+@called("a guidance such as ClassifierFreeGuidance(3.0)")
 class Guidance(Protocol):
     """What a guidance is: anything called like this."""
 
@@ -77,6 +79,7 @@ def predict(model: Callable[..., Any], x: Tensor, t: float, y: Any, **options: A
     return output if options else prediction_in(output, model)
 
 
+@checked
 @dataclass(frozen=True, eq=False)  # null may be a tensor, which has no single truth value
 class ClassifierFreeGuidance:
     """Guidance whose weak prediction is the whole model with the null condition.
@@ -112,6 +115,7 @@ class ClassifierFreeGuidance:
         return guide(predict(model, x, t, null), predict(model, x, t, y), scale, rescale=self.rescale)
 
 
+@checked
 @dataclass(frozen=True, eq=False)
 class PathDropGuidance:
     """Guidance whose weak prediction takes the shallow path: encoder, mask token, decoder (SPRINT, Path-Drop Guidance).
@@ -158,6 +162,7 @@ class PathDropGuidance:
             return guide(predict(model, x, t, condition), strong, scale, rescale=self.rescale)
 
 
+@checked
 @dataclass(frozen=True, eq=False)
 class SparseGuidance:
     """Guidance whose weak prediction runs with most tokens dropped, same condition (Sparse Guidance, arXiv 2601.01608).

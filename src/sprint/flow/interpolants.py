@@ -14,6 +14,8 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor
 
+from sprint.arguments import checked
+
 Prediction = Literal["v", "x", "noise"]
 
 
@@ -22,6 +24,7 @@ def like(t: Tensor, x: Tensor) -> Tensor:
     return t.reshape(-1, *[1] * (x.ndim - 1)) if t.ndim else t
 
 
+@checked
 class Interpolant(ABC):
     """The way from data to noise: α(t), σ(t) and their derivatives, elementwise over t in [0, 1].
 
@@ -93,6 +96,7 @@ class Interpolant(ABC):
         return self.alpha(t) * self.sigma_dot(t) - self.alpha_dot(t) * self.sigma(t)
 
 
+@checked
 class LinearInterpolant(Interpolant):
     """α = 1 − t, σ = t, so v = ε − x0.
 
@@ -118,6 +122,7 @@ class LinearInterpolant(Interpolant):
         return noise_to_signal / (1 + noise_to_signal)
 
 
+@checked
 class CosineInterpolant(Interpolant):
     """α = cos(πt/2), σ = sin(πt/2), the variance-preserving interpolant (GVP in SiT).
 
@@ -143,6 +148,7 @@ class CosineInterpolant(Interpolant):
         return torch.atan(noise_to_signal) * 2 / math.pi
 
 
+@checked
 class DDPMInterpolant(Interpolant):
     """α² = ∏ (1 − β_j) over the first 1000 t steps of DDPM, β from 1e-4 to 0.02 (arXiv 2006.11239), the schedule of DiT.
 

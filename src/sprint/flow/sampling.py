@@ -14,6 +14,7 @@ from typing import Any, NamedTuple, Protocol
 import torch
 from torch import Tensor
 
+from sprint.arguments import checked
 from sprint.flow.guidance import Guidance, predict
 from sprint.flow.holders import unwrapped
 from sprint.flow.inputs import check_conditions, check_count
@@ -46,6 +47,7 @@ class Solver(Protocol):
         ...
 
 
+@checked
 class Euler:
     """First order, one evaluation per step; the paper's ODE sampler."""
 
@@ -70,6 +72,7 @@ class Euler:
         return x + (t_next - t) * velocity(x, t)
 
 
+@checked
 class Heun(Euler):
     """Second order, two evaluations per step; the step that arrives at t = 0 is Euler's, as in EDM (arXiv 2206.00364)."""
 
@@ -91,6 +94,7 @@ class Heun(Euler):
         return x + (t_next - t) * (first + second) / 2
 
 
+@checked
 @dataclass(frozen=True)
 class EulerMaruyama:
     """The paper's SDE sampler, diffusion w(t) = 2t; the step that arrives at t = 0 adds no noise.
@@ -145,6 +149,7 @@ class State(NamedTuple):
     """(B, *), of the state's dtype."""
 
 
+@checked
 def trajectory(
     model: Callable[..., Any],
     noise: Tensor,
@@ -169,8 +174,6 @@ def trajectory(
     if isinstance(solver, str) and solver not in SOLVERS:
         raise ValueError(f"unknown solver {solver!r}: choose one of {', '.join(SOLVERS)}, or pass a Solver")
     check_count("steps", steps)
-    if guidance is not None and not callable(guidance):
-        raise TypeError(f"guidance must be one like ClassifierFreeGuidance({guidance!r}), got {guidance!r}")
     if not noise.is_floating_point():
         raise TypeError(f"noise must be floating point, got {noise.dtype}: draw it with torch.randn")
     check_conditions(y, len(noise))
@@ -215,6 +218,7 @@ def _tokens(host: Any, x: Tensor) -> int | None:
     return math.prod(host.token_grid(x)) if hasattr(host, "token_grid") else None
 
 
+@checked
 def sample(
     model: Callable[..., Any],
     noise: Tensor,

@@ -12,12 +12,14 @@ from typing import Any, NamedTuple, get_args
 import torch
 from torch import Tensor, nn
 
+from sprint.arguments import checked
 from sprint.flow.conventions import CONVENTIONS, Convention, known, prediction_in
 from sprint.flow.holders import called, held
-from sprint.flow.inputs import check_class_ids, check_times
+from sprint.flow.inputs import check_class_ids, check_count, check_times
 from sprint.flow.interpolants import Interpolant, Prediction, check_prediction, get_interpolant
 
 
+@checked
 class Velocity(nn.Module):
     """A model as its velocity, for `FlowMatchingLoss`, `sample`, guidance, `TrainStep` and `SprintPipeline`.
 
@@ -67,13 +69,11 @@ class Velocity(nn.Module):
         null: Callable[[Any, int], Any] | None = None,
     ) -> None:
         super().__init__()
-        if not isinstance(model, nn.Module):
-            raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
         if hasattr(model, "token_grid") or isinstance(model, Velocity):
             raise ValueError(f"{type(model).__name__} is called as model(x, t, y) already: use it without Velocity")
         found = _convention(held(model), like, prediction, interpolant)
         convention = found or Convention()
-        _check_options(time, reverse, channels, call, null)
+        _check_options(time, channels)
         self.model = model
         given = {"like": like, "prediction": prediction, "interpolant": interpolant, "time": time, "reverse": reverse}
         given |= {"channels": channels, "call": call, "null": null}
@@ -189,17 +189,11 @@ class Velocity(nn.Module):
         return self._convention.in_channels(held(self.model))
 
 
-def _check_options(time: Any, reverse: Any, channels: Any, call: Any, null: Any) -> None:
-    number = isinstance(time, int | float) and not isinstance(time, bool)
-    if time is not None and not callable(time) and not (number and 0 < time < math.inf):
+def _check_options(time: Any, channels: int | None) -> None:
+    if time is not None and not callable(time) and not 0 < time < math.inf:
         raise ValueError(f"time must be a positive factor, such as 1000, or a function of t, got {time!r}")
-    if not isinstance(reverse, bool | None):
-        raise TypeError(f"reverse must be True or False, got {reverse!r}")
-    if channels is not None and (isinstance(channels, bool) or not isinstance(channels, int) or channels < 1):
-        raise ValueError(f"channels must be a whole number, at least 1, got {channels!r}")
-    for name, function in (("call", call), ("null", null)):
-        if function is not None and not callable(function):
-            raise TypeError(f"{name} must be a function, got {type(function).__name__}")
+    if channels is not None:
+        check_count("channels", channels)
 
 
 def _convention(model: Any, like: str | None, prediction: str | None, interpolant: Any) -> Convention | None:

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from sprint.arguments import checked
 from sprint.hosts.mechanism.paths import path
 from sprint.hosts.mechanism.state import SprintState, find_wrapped
 from sprint.hosts.mechanism.tables import kept_in
@@ -63,6 +64,7 @@ class Report:
         return "\n".join(lines)
 
 
+@checked
 def check(
     model: nn.Module,
     *args: Any,

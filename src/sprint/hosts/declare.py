@@ -14,11 +14,14 @@ from typing import Any, Literal
 
 from torch import Tensor, nn
 
+from sprint.arguments import checked
+
 Stream = Literal["image", "text+image", "image+text"]
 Part = Literal["image", "text"]
 Arguments = Mapping[str, Any]
 
 
+@checked
 @dataclass(frozen=True)
 class Table:
     """A block argument with one row per token: a tensor, a tuple, list or dict of tensors, which are gathered each, or a
@@ -42,6 +45,7 @@ class Table:
     longer: bool = False
 
 
+@checked
 @dataclass(frozen=True)
 class Blocks:
     """A run of blocks that the model calls in order.
@@ -71,6 +75,7 @@ class Blocks:
     arguments: tuple[str, ...] = ()
 
 
+@checked
 @dataclass(frozen=True)
 class Host:
     """An architecture.
@@ -107,6 +112,7 @@ _REFUSED: dict[str, str] = {}  # by class: why its tokens cannot be dropped
 _PATTERNS: list[Pattern] = []  # of models that are told by their attributes
 
 
+@checked
 def register(model: type[nn.Module] | str, host: Host) -> None:
     """Declare an architecture for `wrap`; subclasses inherit the declaration.
 

@@ -10,6 +10,7 @@ from typing import Any, Literal, TypeVar, get_args
 
 from torch import nn
 
+from sprint.arguments import checked
 from sprint.hosts.declare import Host, declaration
 from sprint.hosts.mechanism.bound import BoundList, kind_of
 from sprint.hosts.mechanism.paths import check_drop, check_grid, path
@@ -25,6 +26,7 @@ Merge = Literal["residual", "routing", "mask"]
 Model = TypeVar("Model", bound=nn.Module)
 
 
+@checked
 def wrap(
     model: Model,
     *,
@@ -181,6 +183,7 @@ def _install(model: nn.Module, state: SprintState) -> None:
         raise
 
 
+@checked
 def unwrap(model: Model) -> Model:
     """Undo `wrap`: the model as it was, without its fusion.
 

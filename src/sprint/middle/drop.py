@@ -16,12 +16,13 @@ from typing import Protocol
 
 import torch
 
-from sprint.arguments import checked
+from sprint.arguments import called, checked
 from sprint.middle.groups import groups_of, same_in_each, same_share_in_each, times
 from sprint.middle.tokens import TokenSubset
 from sprint.random import Device, uniform
 
 
+@called("a drop sampler such as StructuredDrop(0.75)")
 class Drop(Protocol):
     """What a drop sampler is: anything with this method."""
 

@@ -8,9 +8,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from sprint.arguments import checked
+from sprint.arguments import called, checked
 
 
+@called("a TokenSubset, such as TokenSubset.from_keep(indices, num_tokens)")
 @checked
 @dataclass(frozen=True, eq=False)
 class TokenSubset:
