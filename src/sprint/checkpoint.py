@@ -171,7 +171,10 @@ def load_state(path: PathLike) -> dict[str, Any]:
     tensors, metadata = read_tensors(path)
     if _STATE not in metadata:
         raise ValueError(f"{path} holds no training state: it was not written by save_state (is it a model checkpoint?)")
-    return _unflatten(json.loads(metadata[_STATE]), tensors)
+    try:
+        return _unflatten(json.loads(metadata[_STATE]), tensors)
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise ValueError(f"{path} holds a damaged training state ({type(error).__name__}: {error})") from error
 
 
 def _flatten(value: Any, tensors: dict[str, Tensor], where: str) -> Any:
@@ -205,5 +208,7 @@ def _unflatten(form: dict[str, Any], tensors: dict[str, Tensor]) -> Any:
             return [_unflatten(item, tensors) for item in content]
         case "tuple":
             return tuple(_unflatten(item, tensors) for item in content)
-        case _:
+        case "value":
             return content
+        case _:
+            raise ValueError(f"{kind!r} is unknown to this version")

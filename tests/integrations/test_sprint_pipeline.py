@@ -226,3 +226,26 @@ def test_schedulers_of_distilled_models_warn(kind):
 def test_schedulers_of_stages_are_refused():
     with pytest.raises(ValueError, match="HeliosScheduler goes through stages of several resolutions"):
         sprint.sample(lambda x, t: x, NOISE, solver=diffusers.HeliosScheduler())
+
+
+def test_latents_are_decoded_by_what_the_model_was_trained_with():
+    """Its recipe goes before the VAE's own numbers; half a recipe is filled from them."""
+    from sprint.models import Recipe
+
+    torch.manual_seed(0)
+    vae = diffusers.AutoencoderKL(block_out_channels=(4, 4), norm_num_groups=2, down_block_types=["DownEncoderBlock2D"] * 2,
+                                  up_block_types=["UpDecoderBlock2D"] * 2).eval()  # fmt: skip
+    model = tiny().eval()
+    pipe = pipeline(model, vae=vae)
+    options = {"size": (8, 8), "num_inference_steps": 2, "latents": torch.randn(2, 4, 8, 8)}
+    latents = pipe([1, 2], output_type="latent", **options)
+    own, shift = vae.config.scaling_factor, torch.tensor([0.1, 0.2, 0.3, 0.4]).view(1, 4, 1, 1)
+    for recipe, z in (
+        (Recipe(), latents / own),
+        (Recipe(latent_scale=0.5), latents / 0.5),
+        (Recipe(latent_scale=0.5, latent_shift=[0.1, 0.2, 0.3, 0.4]), latents / 0.5 + shift),
+    ):
+        model.recipe = recipe
+        with torch.no_grad():
+            expected = (vae.decode(z).sample / 2 + 0.5).clamp(0, 1)
+        torch.testing.assert_close(pipe([1, 2], **options), expected, rtol=1e-4, atol=1e-4)

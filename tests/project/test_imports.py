@@ -30,7 +30,7 @@ ALLOWED = {
     "costs": {"arguments", "flow", "hosts", "middle", "models"},
     "commands": {"checkpoint", "costs", "middle", "models", "random"},
     "__main__": {"commands"},
-    "diffusers": {"arguments", "checkpoint", "flow", "hosts", "middle", "models", "random"},
+    "diffusers": {"arguments", "checkpoint", "data", "flow", "hosts", "middle", "models", "random"},
 }
 CORE = {"torch", "einops", "safetensors", "numpy"}
 OPT_IN = {  # loaded where used

@@ -226,8 +226,8 @@ class _Shards:
     """The compact layout; files are opened in the process that reads them, so that data loaders may fork."""
 
     def __init__(self, folder: Path) -> None:
-        index = json.loads((folder / INDEX).read_text(encoding="utf-8"))
-        self.folder, self.shards = folder, index["shards"]
+        self.folder, index = folder, _index(folder / INDEX)
+        self.shards: list[dict[str, Any]] = index["shards"]
         self.ends = list(accumulate(shard["count"] for shard in self.shards))
         self.shape = tuple(index["shape"])
         self.teacher: str | None = index.get("teacher")
@@ -268,6 +268,21 @@ class _Shards:
 
     def __getstate__(self) -> dict[str, Any]:
         return self.__dict__ | {"open": {}}
+
+
+def _index(path: Path) -> dict[str, Any]:
+    """What an index holds, if it is one: shards with their names, all in its folder, and counts."""
+    try:
+        index = json.loads(path.read_text(encoding="utf-8"))
+        counts = [*index["shape"], *(shard["count"] for shard in index["shards"])]
+        names = [shard["file"] for shard in index["shards"]]
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
+        raise ValueError(f"{path} is no index of a dataset ({type(error).__name__}: {error}): prepare it again") from error
+    if odd := [name for name in names if not isinstance(name, str) or Path(name).name != name]:
+        raise ValueError(f"{path} lists {odd[0]!r}, which is no file of its folder: it is not one that prepare.py wrote")
+    if len(index["shape"]) != 3 or not all(type(count) is int and count > 0 for count in counts):
+        raise ValueError(f"{path} lists shapes or counts that are no positive whole numbers: prepare the dataset again")
+    return index
 
 
 class _Files:

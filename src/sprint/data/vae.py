@@ -46,25 +46,15 @@ class VAE(nn.Module):
         super().__init__()
         self.kind = type(network).__name__
         _check_kind(self.kind, "the VAE")
-        self.network: Any = network.eval().requires_grad_(False)
-        config = network.config
+        self.network: Any = network
         self.patched = self.kind == "AutoencoderKLFlux2"
         """Channels hold 2x2 patches of the network's own latents."""
-        self.channels: int = config.latent_channels * (4 if self.patched else 1)
+        self.channels: int = network.config.latent_channels * (4 if self.patched else 1)
         """Of the latents."""
         self.factor: int = _shrinks(network) * (2 if self.patched else 1)
         """By which sides shrink."""
-        self.scale: float | tuple[float, ...]
-        """By which models see the latents multiplied, after `shift` is taken off."""
-        self.shift: float | tuple[float, ...]
-        if self.patched:
-            deviation = (network.bn.running_var.double() + config.batch_norm_eps).sqrt()
-            self.scale, self.shift = tuple((1 / deviation).tolist()), tuple(network.bn.running_mean.double().tolist())
-            return
-        self.scale, self.shift = float(config.scaling_factor), float(config.get("shift_factor") or 0.0)
-        if config.get("latents_mean") is not None and config.get("latents_std") is not None:
-            self.scale = tuple(self.scale / std for std in config.latents_std)
-            self.shift = tuple(mean + self.shift for mean in config.latents_mean)
+        self.scale, self.shift = scaling(network)
+        """Models see the latents less `shift`, times `scale`."""
 
     @classmethod
     def from_pretrained(cls, source: PathLike) -> "VAE":
@@ -85,7 +75,7 @@ class VAE(nn.Module):
         config, place = _config(source)
         kind = str(config.get("_class_name"))
         _check_kind(kind, str(source))
-        return cls(getattr(diffusers, kind).from_pretrained(source, **place))
+        return cls(getattr(diffusers, kind).from_pretrained(source, **place).eval().requires_grad_(False))
 
     @torch.no_grad()
     def moments(self, images: Tensor) -> Tensor:
@@ -119,6 +109,25 @@ class VAE(nn.Module):
         """
         z = unscaled(latents, self.scale if scale is None else scale, self.shift if shift is None else shift)
         return self.network.decode(F.pixel_shuffle(z, 2) if self.patched else z).sample
+
+
+def scaling(network: Any) -> tuple[Any, Any]:
+    """Scale and shift of a VAE's latents, one number or one per channel, from its configuration or its statistics.
+
+    Raises:
+        ValueError: it tells none.
+    """
+    config = network.config
+    if type(network).__name__ == "AutoencoderKLFlux2":
+        deviation = (network.bn.running_var.double() + config.batch_norm_eps).sqrt()
+        return tuple((1 / deviation).tolist()), tuple(network.bn.running_mean.double().tolist())
+    if not hasattr(config, "scaling_factor"):
+        raise ValueError(f"{type(network).__name__} tells no scaling_factor, by which latents are decoded")
+    scale, shift = float(config.scaling_factor), float(config.get("shift_factor") or 0.0)
+    mean, std = config.get("latents_mean"), config.get("latents_std")
+    if mean is None or std is None:
+        return scale, shift
+    return tuple(scale / one for one in std), tuple(one + shift for one in mean)
 
 
 def scaled(z: Tensor, scale: Any, shift: Any) -> Tensor:

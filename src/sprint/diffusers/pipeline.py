@@ -12,6 +12,7 @@ from diffusers.pipelines.pipeline_utils import DiffusionPipeline
 from torch import Tensor
 
 from sprint.checkpoint import PathLike, write_text
+from sprint.data.vae import scaling, unscaled
 from sprint.diffusers.loading import from_pretrained
 from sprint.flow.guidance import Guidance
 from sprint.flow.holders import held, unwrapped
@@ -102,11 +103,8 @@ class SprintPipeline(DiffusionPipeline):
             raise ValueError(f"output_type='pil' is for images, got latents of {len(size)} axes: use 'pt'")
         if latents is not None and tuple(latents.shape[2:]) != tuple(size):
             raise ValueError(f"latents are {tuple(latents.shape)}, and size={tuple(size)}: give size as theirs")
-        if self.vae is not None and not hasattr(self.vae.config, "scaling_factor"):
-            raise ValueError(
-                f"{type(self.vae).__name__} tells no scaling_factor, by which latents are decoded: use output_type='latent' "
-                "without a vae, and decode them yourself"
-            )
+        if self.vae is not None and output_type != "latent":
+            self._scaling()
         check_count("num_inference_steps", num_inference_steps)
         model, velocity = self.model, self._velocity  # first, since a transformer may have been replaced
         like = next(self.transformer.parameters())
@@ -142,14 +140,25 @@ class SprintPipeline(DiffusionPipeline):
         return x
 
     def _decoded(self, latents: Tensor) -> Tensor:
-        """Images of latents, by the VAE's scale and shift, or statistics per channel."""
-        config = self.vae.config
-        x = latents.to(self.vae.dtype) / config.scaling_factor
-        mean, std = (getattr(config, name, None) for name in ("latents_mean", "latents_std"))
-        if mean is not None and std is not None:
-            mean, std = (torch.tensor(values, device=x.device, dtype=x.dtype).view(1, -1, 1, 1) for values in (mean, std))
-            x = x * std + mean
-        return self.vae.decode(x + (getattr(config, "shift_factor", None) or 0.0), return_dict=False)[0]
+        """Images of latents."""
+        z = unscaled(latents.to(self.vae.dtype), *self._scaling())
+        if type(self.vae).__name__ == "AutoencoderKLFlux2":
+            z = torch.nn.functional.pixel_shuffle(z, 2)
+        return self.vae.decode(z, return_dict=False)[0]
+
+    def _scaling(self) -> tuple[Any, Any]:
+        """Scale and shift: those that the model was trained with or, where it does not say, the VAE's own.
+
+        Raises:
+            ValueError: neither says.
+        """
+        recipe = getattr(held(self.transformer), "recipe", None)
+        said = (None, None) if recipe is None else (recipe.latent_scale, recipe.latent_shift)
+        try:
+            own = scaling(self.vae) if None in said else said
+        except ValueError as error:
+            raise ValueError(f"{error}: use output_type='latent', and decode them yourself") from error
+        return own[0] if said[0] is None else said[0], own[1] if said[1] is None else said[1]
 
     def save_pretrained(  # pyright: ignore[reportIncompatibleMethodOverride]
         self, save_directory: PathLike, **kwargs: Any
@@ -193,8 +202,11 @@ class SprintPipeline(DiffusionPipeline):
             raise ValueError(
                 f"{source} holds a {index.get('_class_name')}, expected a {cls.__name__}: load it with its own class"
             )
-        kinds = {name: getattr(diffusers, index[name], None) for name in ("scheduler", "vae") if name in index}
-        parts = {name: kind.from_pretrained(source / name, **kwargs) for name, kind in kinds.items() if kind is not None}
+        for name in ("scheduler", "vae", "transformer"):
+            if name in index and index[name] != "SiT" and not hasattr(diffusers, str(index[name])):
+                raise ValueError(f"{source / _INDEX} names the {name} {index[name]!r}, unknown to this diffusers: update it")
+        kinds = {name: getattr(diffusers, index[name]) for name in ("scheduler", "vae") if name in index}
+        parts = {name: kind.from_pretrained(source / name, **kwargs) for name, kind in kinds.items()}
         if index["transformer"] == "SiT":
             transformer: Any = SiT.load(source / "transformer" / _WEIGHTS).to(kwargs.get("torch_dtype"))
         else:

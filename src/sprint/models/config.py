@@ -1,6 +1,8 @@
 """The sizes and options of a SiT, and the paper's four presets."""
 
 import dataclasses
+import json
+from collections.abc import Collection
 from typing import Literal, NamedTuple, TypedDict
 
 from sprint.arguments import checked
@@ -112,6 +114,34 @@ class SiTConfig:
     def depth(self) -> int:
         """Number of blocks."""
         return self.encoder_depth + self.middle_depth + self.decoder_depth
+
+    @classmethod
+    def from_json(cls, text: str, names: Collection[str], *, source: str) -> "SiTConfig":
+        """The options that a file holds beside its tensors.
+
+        Args:
+            text: JSON.
+            names: of the tensors; as many blocks must be among them as the options say, before any is built.
+            source: what errors call the file.
+
+        Raises:
+            ValueError: no options, such that this version does not know, or of another model than the tensors.
+        """
+        try:
+            said = json.loads(text)
+            known = {field.name for field in dataclasses.fields(cls)}
+            if unknown := sorted(said.keys() - known):
+                raise ValueError(f"the options {', '.join(unknown)} are unknown to this version: update sprint")
+            config = cls(**said)
+        except (ValueError, TypeError, AttributeError, ArithmeticError, RecursionError) as error:
+            raise ValueError(f"{source} holds a configuration that cannot be read: {error}") from error
+        for part, depth in (
+            ("encoder", config.encoder_depth), ("middle.blocks", config.middle_depth), ("decoder", config.decoder_depth)
+        ):  # fmt: skip
+            numbers = {name[len(part) + 1 :].partition(".")[0] for name in names if name.startswith(f"{part}.")}
+            if len(numbers) != depth:
+                raise ValueError(f"{source} holds {len(numbers)} blocks of {part}, and its configuration says {depth}")
+        return config
 
     def __post_init__(self) -> None:
         for name in ("dim", "heads", "patch_size", "in_channels", "num_classes", "cond_dim", "repa_dim", "repa_hidden"):

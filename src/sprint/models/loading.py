@@ -1,12 +1,9 @@
 """A model from a file, whoever wrote it: `SiT.save`, train.py's checkpoint (its average), or the SPRINT authors."""
 
-import json
 from typing import Any
 
-import torch
-
 from sprint.arguments import checked
-from sprint.checkpoint import PathLike, load_state, load_weights, read_tensors
+from sprint.checkpoint import PathLike, load_state, read_tensors
 from sprint.models import released
 from sprint.models.config import SiTConfig
 from sprint.models.recipe import Recipe
@@ -42,8 +39,7 @@ def from_state(state: dict[str, Any], source: str) -> SiT:
     """
     if not {"sit", "ema"} <= state.keys():
         raise ValueError(f"{source} is a training state of another script: it holds {', '.join(state)}")
-    with torch.device("meta"):
-        model = SiT(SiTConfig(**json.loads(state["sit"])))
-    load_weights(model, state["ema"], source=source, assign=True)
+    config = SiTConfig.from_json(state["sit"], state["ema"], source=source)
+    model = SiT._from_tensors(config, state["ema"], source, None)
     model.recipe = Recipe.from_json(state.get("recipe"), source=source)
     return model

@@ -78,7 +78,11 @@ def infer_config(
     Raises:
         ValueError: a tensor that tells a size is missing, or the sizes contradict each other.
     """
-    said: dict[str, Any] = json.loads(metadata.get(_CONFIG, "{}"))
+    try:
+        said = json.loads(metadata.get(_CONFIG, "{}"))
+        told = {name: int(said[name]) for name in ("patch_size", "representation_depth") if name in said}
+    except (ValueError, TypeError, OverflowError, RecursionError) as error:
+        raise ValueError(f"{source} holds options that cannot be read ({error}): pass patch_size=…") from error
 
     def shape(name: str) -> tuple[int, ...]:
         if name not in tensors:
@@ -86,24 +90,26 @@ def infer_config(
         return tuple(tensors[name].shape)
 
     def depth(blocks: str) -> int:
-        numbers = [re.match(rf"{re.escape(blocks)}\.(\d+)\.", name) for name in tensors]
-        return max((int(number[1]) + 1 for number in numbers if number), default=0)
+        numbers = {int(found[1]) for name in tensors if (found := re.match(rf"{re.escape(blocks)}\.(\d{{1,9}})\.", name))}
+        if numbers != set(range(len(numbers))):
+            raise ValueError(f"{source} has {len(numbers)} blocks of {blocks}, which are not numbered from 0 on")
+        return len(numbers)
 
     dim, patch_dim = shape("x_embedder.proj.weight")
     first = next(
         blocks for blocks in ("encoder.0", "middle.blocks.0", "decoder.0") if depth(blocks[:-2]) or blocks == "decoder.0"
     )
     if patch_size is None:
-        patch_size = int(said.get("patch_size", 2))
-    if patch_dim % patch_size**2:
+        patch_size = told.get("patch_size", 2)
+    if patch_size < 1 or patch_dim % patch_size**2:
         raise ValueError(
             f"{source} has patch vectors of {patch_dim} values, no multiple of {patch_size}²: pass patch_size=…"
         )
     repa: dict[str, Any] = {}
     if "projectors.4.weight" in tensors:
         repa_dim, repa_hidden = shape("projectors.4.weight")
-        if repa_depth is None and "representation_depth" in said:
-            repa_depth = int(said["representation_depth"]) - 1  # theirs counts from 1, ours the blocks that have run
+        if repa_depth is None and "representation_depth" in told:
+            repa_depth = told["representation_depth"] - 1  # theirs counts from 1, ours the blocks that have run
         repa = {"repa_dim": repa_dim, "repa_hidden": repa_hidden}
     return SiTConfig(
         dim=dim,

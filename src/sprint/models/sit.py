@@ -291,7 +291,8 @@ class SiT(nn.Module):
                 f"{path} holds no SiT configuration, so SiT.save did not write it: "
                 "for a checkpoint of the SPRINT authors use SiT.from_reference(path)"
             )
-        model = cls._from_tensors(SiTConfig(**json.loads(metadata[_CONFIG])), tensors, str(path), device)
+        config = SiTConfig.from_json(metadata[_CONFIG], tensors, source=str(path))
+        model = cls._from_tensors(config, tensors, str(path), device)
         model.recipe = Recipe.from_json(metadata.get(_RECIPE), source=str(path))
         return model
 
@@ -402,8 +403,11 @@ class SiT(nn.Module):
 
     @classmethod
     def _from_tensors(cls, config: SiTConfig, tensors: Mapping[str, Tensor], source: str, device: Device) -> "SiT":
-        with torch.device("meta"):  # no random initialisation, and each tensor keeps its dtype
-            model = cls(config)
+        try:
+            with torch.device("meta"):  # no random initialisation, and each tensor keeps its dtype
+                model = cls(config)
+        except (RuntimeError, ArithmeticError) as error:  # sizes beyond all measure
+            raise ValueError(f"{source} holds a configuration that cannot be built ({error})") from error
         checkpoint.load_weights(model, tensors, source=source, assign=True)
         return model.to(device)
 
