@@ -419,7 +419,7 @@ def test_undeclared_tables_are_named():
     [
         ({"encoder_depth": 3, "decoder_depth": 3}, "leave no middle of the 6 blocks of DiT"),
         ({"encoder_depth": -1}, "leave no middle"),
-        ({"merge": "sum"}, "unknown merge 'sum': choose one of residual, routing, mask"),
+        ({"merge": "sum"}, "merge of wrap must be one of 'residual', 'routing', 'mask', got the text 'sum'"),
         ({"host": Host((Blocks("layers"),))}, "DiT has no blocks at 'layers'"),
         ({"host": Host((Blocks("blocks", image="hidden"),))}, "no parameter 'hidden', they take x, c"),
         ({"host": Host((Blocks("blocks"),), width="model_dim")}, "DiT has no attribute 'model_dim', as declared"),
@@ -460,7 +460,7 @@ def test_other_refusals():
     for nowhere in ("hosts.Nowhere", "nowhere.DiT"):
         with pytest.raises(ValueError, match=f"there is no class {nowhere}"):
             sprint.register(nowhere, ROPE)
-    with pytest.raises(TypeError, match="register takes a class of models"):
+    with pytest.raises(TypeError, match="model of register must be a class of Module or text"):
         sprint.register(int, ROPE)
 
 

@@ -301,10 +301,10 @@ def test_models_behind_others():
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"drop": 0.75}, "drop must be a drop sampler, got 0.75"),
-        ({"drop": StructuredDrop}, "drop must be a drop sampler, got StructuredDrop"),
-        ({"grid": 16}, "grid must be the sides of the token grid"),
-        ({"host": "SD3Transformer2DModel"}, "host must be a declaration, sprint.Host"),
+        ({"drop": 0.75}, "drop of wrap must be a drop sampler such as .* got 0.75"),
+        ({"drop": StructuredDrop}, "drop of wrap must be a drop sampler .* got the class StructuredDrop"),
+        ({"grid": 16}, "grid of wrap must be a sequence of whole numbers"),
+        ({"host": "SD3Transformer2DModel"}, "host of wrap must be a Host or None, got the text"),
         ({"path_drop": 2, "merge": "routing"}, r"path_drop is a probability in \[0, 1\], got 2"),
         ({"path_drop": -1, "merge": "mask"}, r"path_drop is a probability in \[0, 1\], got -1"),
     ],

@@ -6,7 +6,7 @@ parameters are the fusion and the mask token, under `sprint.`.
 """
 
 import inspect
-from typing import Any, Literal, TypeVar, get_args
+from typing import Any, Literal, TypeVar
 
 from torch import nn
 
@@ -73,7 +73,7 @@ def wrap(
         TypeError: an option of another type.
     """
     _check_model(model)
-    _check_options(drop, path_drop, merge, host)
+    _check_options(drop, path_drop)
     if fill != "mask" and merge != "residual":
         raise ValueError(f"fill={fill!r} is an option of merge='residual', got merge={merge!r}: leave it out")
     found, declared = (host, True) if host is not None else declaration(model)
@@ -138,16 +138,10 @@ def _check_model(model: Any) -> None:
         raise ValueError(f"{type(model).__name__} has an attribute `sprint` of its own, where wrap keeps its parameters")
 
 
-def _check_options(drop: Any, path_drop: float, merge: str, host: Any) -> None:
+def _check_options(drop: Any, path_drop: float) -> None:
     check_drop(drop)
     if not 0 <= path_drop <= 1:
         raise ValueError(f"path_drop is a probability in [0, 1], got {path_drop}")
-    if merge not in get_args(Merge):
-        raise ValueError(f"unknown merge {merge!r}: choose one of {', '.join(get_args(Merge))}")
-    if host is not None and not isinstance(host, Host):
-        raise TypeError(
-            f"host must be a declaration, sprint.Host(…), got {host!r}: registered architectures are found by their class"
-        )
 
 
 def _runs(model: nn.Module, places: list[tuple[Place, int]]) -> list[nn.Module]:
