@@ -201,6 +201,11 @@ class Terminated:
         return asked.item() > 0
 
 
+def outlive(worker: int) -> None:
+    """Readers go on after SIGTERM, which a whole process group gets; they end with the process that they read for."""
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+
+
 def memory(device: torch.device) -> int:
     """Bytes of a device, or of this machine."""
     if device.type == "cuda":
@@ -239,6 +244,7 @@ def train(config: Config, accelerator: Accelerator) -> None:
             ema_decay=config.ema_decay, accumulate=plan.accumulate, autocast=precision(config),
         )  # fmt: skip
         workers: dict[str, Any] = {"num_workers": config.num_workers, "pin_memory": device.type == "cuda"}
+        workers["worker_init_fn"] = outlive
         stream = batches(DataLoader(data, batch_sampler=plan, **workers), config, teacher, device)
         for done in range(plan.start + 1, plan.end + 1):
             moment = schedule.at(done - 1)

@@ -113,6 +113,33 @@ def test_refusals(folder, tmp_path):
         assert "Traceback" not in run.stderr, options
 
 
+def test_a_folder_is_of_one_process_while_it_is_filled_and_packed(folder, tmp_path):
+    from sprint.training.runs import FolderLock
+
+    out = tmp_path / "out"
+    assert sample(folder, out).returncode == 0
+    (out / ".000003.png.x.tmp").write_bytes(b"left by a killed process")
+    lock = FolderLock(out, "is sampling into")
+    before = (tmp_path / "out.npz").stat().st_mtime_ns
+    assert "another process is sampling into" in sample(folder, out).stderr
+    assert (tmp_path / "out.npz").stat().st_mtime_ns == before
+    del lock
+    assert sample(folder, out).returncode == 0
+    assert np.load(tmp_path / "out.npz")["arr_0"].tobytes() == images(out).tobytes()
+    assert not list(out.glob(".*.tmp"))
+
+
+def test_samples_that_are_not_finite_are_no_pictures(folder, tmp_path):
+    model = tiny()
+    model.final_layer.linear.bias.data[0] = float("nan")
+    model.save(tmp_path / "nan.safetensors")
+    run = sample(folder, tmp_path / "out", checkpoint=tmp_path / "nan.safetensors")
+    assert run.returncode == 1
+    assert "is not finite, and none" in run.stderr
+    assert not list(tmp_path.rglob("*.png"))
+    assert not (tmp_path / "out.npz").exists()
+
+
 def test_what_the_checkpoint_says_of_its_training_is_used_and_not_contradicted(folder, tmp_path):
     from sprint.models import Recipe
 

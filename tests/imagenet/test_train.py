@@ -192,6 +192,31 @@ def test_a_run_is_of_one_process_and_one_dataset(latents, whole, tmp_path):
     assert "other latents than those in" in train(tmp_path, other).stderr
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("processes", [1, 2])
+def test_asked_to_end_it_saves_and_goes_on_with_the_same_bits(latents, whole, processes, tmp_path):
+    """SIGTERM, which schedulers send before they kill, with workers; a damaged line of the log is left out, with a word."""
+    arguments = configured(tmp_path, latents, num_workers=2, checkpointing_steps=1000, logging_steps=1)
+    command = [str(part) for part in (*small.launch(processes), small.SCRIPTS / "train.py", *arguments)]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=small.ENVIRONMENT)
+    log = tmp_path / "run" / "metrics.jsonl"
+    while process.poll() is None and not (log.exists() and log.read_text()):
+        time.sleep(0.001)
+    process.send_signal(signal.SIGTERM)
+    out, err = process.communicate()
+    assert process.returncode != 0, "it was done before it was asked"
+    assert "asked to end (SIGTERM): step" in out, err
+    (saved,) = (tmp_path / "run" / "checkpoints").glob("*.safetensors")
+    assert 0 < int(saved.stem) < 20
+    assert processes == 1 or int(saved.stem) % 10 == 0
+    log.write_text(log.read_text() + '{"step": 1')
+    run = subprocess.run(command, capture_output=True, text=True, check=False, env=small.ENVIRONMENT)
+    assert run.returncode == 0, run.stderr
+    assert f"from step {int(saved.stem)} on" in run.stdout
+    assert "is damaged, and left out" in run.stdout
+    assert processes == 2 or same(tmp_path, whole)
+
+
 def test_a_broken_checkpoint_is_passed_over(latents, whole, tmp_path):
     assert train(tmp_path, latents).returncode == 0
     newest = tmp_path / "run" / "checkpoints" / "00000020.safetensors"

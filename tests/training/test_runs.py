@@ -61,6 +61,15 @@ def test_a_broken_state_is_named_and_passed_over(tmp_path):
     assert run.path(2).exists()  # evidence is left to the user
 
 
+def test_a_dangling_link_and_a_folder_are_passed_over(tmp_path):
+    run = RunFolder(tmp_path)
+    run.save(1, state(1))
+    run.path(2).symlink_to(tmp_path / "gone")
+    run.path(3).mkdir()
+    with pytest.warns(RuntimeWarning, match="going back to the one before"):
+        assert run.newest()[0] == 1
+
+
 def test_keep_only_the_last(tmp_path):
     run = RunFolder(tmp_path, keep=1)
     for step in (1, 2, 3):
@@ -102,7 +111,7 @@ def test_one_object_of_a_process_holds_the_lock_at_a_time(tmp_path):
     run = RunFolder(tmp_path)
     run.lock()
     run.lock()
-    with pytest.raises(ValueError, match="another RunFolder of this process holds"):
+    with pytest.raises(ValueError, match="another part of this process is training in"):
         RunFolder(tmp_path).lock()
     del run
     RunFolder(tmp_path).lock()

@@ -74,10 +74,12 @@ class RunFolder:
             raise ValueError(f"keep must be at least 1 checkpoint, got {keep}")
         self.folder, self.keep = Path(folder) / "checkpoints", keep
         self.folder.mkdir(parents=True, exist_ok=True)
+        self._lock: FolderLock | None = None
 
     def lock(self) -> None:
         """Claim the folder for this process, until it ends or lets go of this object; see `FolderLock`."""
-        self._lock = FolderLock(self.folder.parent, "is training in")
+        if self._lock is None:
+            self._lock = FolderLock(self.folder.parent, "is training in")
 
     def path(self, step: int) -> Path:
         """Where the state of a step is."""
