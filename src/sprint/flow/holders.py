@@ -1,6 +1,5 @@
 """What is handed over as a model, and what is behind it: modules that hold others, partials, methods and functions."""
 
-import dis
 import functools
 import inspect
 import sys
@@ -61,14 +60,14 @@ def called(model: Any) -> list[nn.Module]:
         part, names = queue.pop(0)
         if id(part) in seen and not names - seen[id(part)]:
             continue
-        seen[id(part)] = names | seen.get(id(part), frozenset())
         if isinstance(part, nn.Module):
-            if not any(part is other for other in found):
+            if id(part) not in seen:
                 found.append(part)
-            kept = {name: value for name, value in vars(part).items() if name in _names(_code(type(part).forward))[1]}
-            queue += [(value, frozenset()) for value in kept.values()]  # what it keeps out of its submodules
+            used = _named_by_forward(type(part))  # of what it keeps out of its submodules
+            queue += [(value, frozenset()) for name, value in vars(part).items() if name in used]
         else:
             queue += _behind(part, names)
+        seen[id(part)] = names | seen.get(id(part), frozenset())
     return found
 
 
@@ -77,9 +76,9 @@ def _behind(part: Any, names: frozenset[str]) -> Iterator[tuple[Any, frozenset[s
     if isinstance(part, functools.partial):
         yield from ((value, names) for value in (part.func, *part.args, *part.keywords.values()))
     elif isinstance(part, types.MethodType):
-        yield from ((value, _names(_code(part.__func__))[1]) for value in (part.__self__, part.__func__))
+        yield from ((value, _names(_code(part.__func__))) for value in (part.__self__, part.__func__))
     elif isinstance(part, types.FunctionType):
-        loaded, used = _names(part.__code__)
+        used = _names(part.__code__)
         values = [*(part.__defaults__ or ()), *(part.__kwdefaults__ or {}).values()]
         for cell in part.__closure__ or ():
             try:
@@ -87,7 +86,7 @@ def _behind(part: Any, names: frozenset[str]) -> Iterator[tuple[Any, frozenset[s
             except ValueError:  # not filled yet
                 continue
         if str(part.__module__).split(".")[0] not in _LIBRARIES:
-            values += [part.__globals__[name] for name in loaded if name in part.__globals__]
+            values += [part.__globals__[name] for name in used if name in part.__globals__]
         yield from ((value, used) for value in values)
     elif isinstance(part, list | tuple):
         yield from ((value, names) for value in part)
@@ -98,7 +97,7 @@ def _behind(part: Any, names: frozenset[str]) -> Iterator[tuple[Any, frozenset[s
             yield from ((value, names) for name, value in vars(part).items() if name in names)
     elif not isinstance(part, type | torch.Tensor) and hasattr(part, "__dict__"):
         call = getattr(type(part), "__call__", None)  # noqa: B004
-        names = names | _names(_code(call))[1]
+        names = names | _names(_code(call))
         yield from ((value, names) for name, value in vars(part).items() if name in names)
         if isinstance(call, types.FunctionType):
             yield call, names
@@ -109,15 +108,14 @@ def _code(function: Any) -> types.CodeType | None:
 
 
 @functools.lru_cache(maxsize=1024)
-def _names(code: types.CodeType | None) -> tuple[frozenset[str], frozenset[str]]:
-    """The names that a function loads from its file, and all that it names: attributes too."""
+def _named_by_forward(kind: type) -> frozenset[str]:
+    return _names(_code(kind.forward))
+
+
+@functools.lru_cache(maxsize=1024)
+def _names(code: types.CodeType | None) -> frozenset[str]:
+    """What a function names: of its file, and attributes."""
     if code is None:
-        return frozenset(), frozenset()
-    loaded = {step.argval for step in dis.get_instructions(code) if step.opname == "LOAD_GLOBAL"}
-    named = {*code.co_names}
-    for inner in code.co_consts:
-        if isinstance(inner, types.CodeType):
-            more = _names(inner)
-            loaded |= more[0]
-            named |= more[1]
-    return frozenset(loaded), frozenset(named)
+        return frozenset()
+    inner = [_names(each) for each in code.co_consts if isinstance(each, types.CodeType)]
+    return frozenset(code.co_names).union(*inner)

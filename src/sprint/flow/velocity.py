@@ -281,8 +281,8 @@ def _refuse_unadapted(model: Any) -> None:
 
 
 def _speaking(module: nn.Module) -> Iterator[Any]:
-    """The modules within that say what they predict or are trained with; what a Velocity holds, it speaks for."""
-    if isinstance(module, Velocity):
+    """The modules within that say what they predict or are trained with; a Velocity and a SiT speak for what is in them."""
+    if isinstance(module, Velocity) or hasattr(type(module), "token_grid"):
         yield module
         return
     if _own(module, "recipe") is not None or _predicts(module) is not None:
