@@ -306,7 +306,7 @@ def test_sampling_and_saving_do_not_notice(interpreter):
 
 def test_kernels_that_cannot_run(interpreter, monkeypatch):
     model = tiny()
-    with pytest.raises(ValueError, match="unknown kernels 'cuda': choose one of torch, triton"):
+    with pytest.raises(ValueError, match="kernels of SiT.set_kernels must be one of 'torch', 'triton', got the text 'cuda'"):
         model.set_kernels("cuda")
     with pytest.raises(ValueError, match="this model has qk_norm=False and positions='rope'"):
         tiny(qk_norm=False).set_kernels("triton")

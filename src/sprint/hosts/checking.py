@@ -137,23 +137,24 @@ def _left_as_it_was(model: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def _perturbed(model: nn.Module) -> Iterator[None]:
-    """Parameters with some noise, and zeros of other tensors that modules keep; bit by bit what they were afterwards.
+    """Parameters with some noise, and other tensors that modules keep where they are all zero; afterwards what they were.
 
     Gates and output of a fresh model are often zero, so that its output shows nothing of what its middle blocks do; and so
-    may be positions and biases, of which it then shows nothing. What is no parameter is changed at its zeros alone, and to
-    small positive numbers, of which a root or a logarithm can be taken; a single number may be a switch, and stays.
+    may be positions and biases, of which it then shows nothing. What is no parameter is changed where all of it is zero (one
+    zero among others means something: the sine of position 0), and to small positive numbers, of which a root or a
+    logarithm can be taken; a single number may be a switch, and stays.
     """
     kept = {id(value): value for module in model.modules() for value in kept_in(module).values()}.values()
     kept = [x for x in kept if x.is_floating_point() and x.dtype.itemsize > 1 and not x.is_inference()]
     parameters = [x for x in kept if isinstance(x, nn.Parameter)]
-    others = [x for x in kept if not isinstance(x, nn.Parameter) and x.numel() > 1 and x.is_contiguous() and (x == 0).any()]
+    others = [x for x in kept if not isinstance(x, nn.Parameter) and x.numel() > 1 and x.is_contiguous() and not x.any()]
     before = [value.clone() for value in (*parameters, *others)]
     try:
         torch.manual_seed(0)
         for parameter in parameters:
             parameter.add_(torch.randn_like(parameter), alpha=_noise(parameter))
         for value in others:
-            value.add_(torch.rand_like(value) * (value == 0), alpha=_noise(value))
+            value.add_(torch.rand_like(value), alpha=_noise(value))
         yield
     finally:
         for value, earlier in zip((*parameters, *others), before, strict=True):

@@ -11,7 +11,7 @@ from torch import Tensor
 from sprint.arguments import called, checked
 
 
-@called("a TokenSubset, such as TokenSubset.from_keep(indices, num_tokens)")
+@called("a TokenSubset such as TokenSubset.from_keep(indices, num_tokens)")
 @checked
 @dataclass(frozen=True, eq=False)
 class TokenSubset:
