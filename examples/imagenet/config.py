@@ -106,7 +106,7 @@ class Config:
     adam_weight_decay: float = 0.0
     adam_epsilon: float = 1e-8
     max_grad_norm: float = 1.0
-    """gradients are clipped at it; inf for never"""
+    """gradients are clipped at it; .inf for never"""
     ema_decay: float = 0.9999
     ema_warmup: bool = False
     """the decay rises by (1 + n) / (10 + n) after n updates, so that the average forgets the first weights early"""
@@ -242,6 +242,9 @@ RANGES = [
     *((name, *_COUNT) for name in ("checkpointing_steps", "checkpoints_total_limit", "logging_steps")),
     ("gradient_accumulation_steps", *_COUNT),
     *((name, *_NATURAL) for name in ("sampling_steps", "seed", "num_workers")),
+    ("seed", lambda value: value < 2**63, "below 2**63"),
+    *((name, lambda value: 0 <= value < 1, "in [0, 1)") for name in ("adam_beta1", "adam_beta2")),
+    ("adam_epsilon", lambda value: value >= 0, "0 or more"),
 ]
 
 

@@ -65,11 +65,15 @@ def parse() -> argparse.Namespace:
     return args
 
 
-def plan(args: argparse.Namespace, images: list[tuple[Path, int]]) -> dict[str, Any]:
+def plan(args: argparse.Namespace, images: list[tuple[Path, int]], vae: VAE) -> dict[str, Any]:
     """What decides the content of the parts; a folder of another plan is refused."""
     names = hashlib.sha256("\n".join(f"{printable(path)} {label}" for path, label in images).encode()).hexdigest()
     decide = ("size", "vae", "layout", "dtype", "shard", "teacher", "patch", "ignore_exif")
-    return {"images": len(images), "names": names, **{name: getattr(args, name) for name in decide}}
+    weights = hashlib.sha256()
+    for tensor in vae.state_dict().values():
+        weights.update(tensor.cpu().float().numpy().tobytes())
+    options = {name: getattr(args, name) for name in decide}
+    return {"images": len(images), "names": names, "weights": weights.hexdigest()[:16], **options}
 
 
 def printable(text: object) -> str:
@@ -178,21 +182,27 @@ def main() -> None:
         cpu=not torch.cuda.is_available(), timeout=patience
     )  # else accelerate takes several CPU processes for one each
     images, classes, ignored = find_images(args.images)
-    if state.is_main_process:
-        agree(args.out, plan(args, images))
-    parts = -(-len(images) // args.shard)
-    if parts < state.num_processes:
-        raise SystemExit(f"{parts} parts for {state.num_processes} processes: choose a smaller --shard, or fewer processes")
     vae = VAE.from_pretrained(args.vae).to(state.device)
     if args.size % vae.factor:
         raise SystemExit(f"--size {args.size} is not divisible by {vae.factor}, by which this VAE shrinks images")
+    if args.size // vae.factor % args.patch:
+        raise SystemExit(
+            f"--size {args.size} gives latents {args.size // vae.factor} wide, which do not split into patches of "
+            f"{args.patch}: another --size, or the --patch of the model"
+        )
+    wanted = plan(args, images, vae)
+    if state.is_main_process:
+        agree(args.out, wanted)
+    parts = -(-len(images) // args.shard)
+    if parts < state.num_processes:
+        raise SystemExit(f"{parts} parts for {state.num_processes} processes: choose a smaller --shard, or fewer processes")
     teacher = None
     if args.teacher:
         side = args.size // vae.factor // args.patch
         teacher = Teacher(args.teacher, (side, side), weights=args.teacher_weights).to(state.device)
     if state.is_main_process:  # only now: a mistake in the options must not bind the folder
         args.out.mkdir(parents=True, exist_ok=True)
-        write_text(args.out / "plan.json", json.dumps(plan(args, images), indent=1))
+        write_text(args.out / "plan.json", json.dumps(wanted, indent=1))
         (args.out / "parts").mkdir(exist_ok=True)
         lines = (f"{printable(path)}\t{printable(why)}\n" for path, why in ignored.items())
         write_text(args.out / "ignored.txt", "".join(lines))

@@ -180,6 +180,10 @@ class Run:
         usual = json.loads(json.dumps(dataclasses.asdict(Config(latent_shift=0.0))))  # of options newer than the run
         theirs = usual | theirs
         differ = [f"{k}={theirs[k]!r}, now {v!r}" for k, v in ours.items() if k not in FREE and theirs[k] != v]
+        switch = min(theirs["max_train_steps"], self.config.max_train_steps)
+        was, now = theirs["max_train_steps"], self.config.max_train_steps
+        if self.config.stages == "both" and was != now and step > switch:
+            differ.append(f"max_train_steps={was}, now {now}, after its second stage began")
         if data != self.data:
             differ.append(f"other latents than those in {self.config.data_dir}")
         if step > (steps := self.config.schedule().steps):

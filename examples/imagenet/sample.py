@@ -31,8 +31,7 @@ from weights import fingerprint, locate
 import sprint
 from sprint.checkpoint import write_bytes, write_text
 from sprint.data.images import to_uint8
-from sprint.data.latents import SCALE
-from sprint.data.vae import VAE
+from sprint.data.vae import VAE, unscaled
 from sprint.models.loading import load_model
 from sprint.models.recipe import Recipe
 from sprint.random import normal
@@ -53,8 +52,8 @@ def options(description: str | None) -> argparse.ArgumentParser:
     parser.add_argument("--side", type=int, help=f"of the latents, 32 for 256 px, 64 for 512 px{said}, or 32")
     parser.add_argument("--vae", help=f"hub name or local folder; none for pixel models{said}, or {VAE_NAME}")
     numbers: dict[str, Any] = {"type": float, "nargs": "+", "metavar": "NUMBER"}
-    parser.add_argument("--latent-scale", **numbers, help=f"one or one per channel, of the training{said}, or {SCALE}")
-    parser.add_argument("--latent-shift", **numbers, help=f"likewise{said}, or 0")
+    parser.add_argument("--latent-scale", **numbers, help=f"one or one per channel, of the training{said}, or the VAE's")
+    parser.add_argument("--latent-shift", **numbers, help=f"likewise{said}, or the VAE's")
     parser.add_argument("--batch", type=int, default=64)
     parser.add_argument("--interval", type=float, nargs=2, default=[0.0, 1.0], metavar=("LOW", "HIGH"))
     parser.add_argument("--solver", choices=["euler", "heun", "sde"], default="euler")
@@ -118,7 +117,7 @@ def complete(args: argparse.Namespace, recipe: Recipe) -> None:
     Raises:
         ValueError: an option contradicts that.
     """
-    usual = {"side": 32, "vae": VAE_NAME, "latent_scale": SCALE, "latent_shift": 0.0, "interpolant": "linear"}
+    usual = {"side": 32, "vae": VAE_NAME, "latent_scale": None, "latent_shift": None, "interpolant": "linear"}
     said = {**dataclasses.asdict(recipe), "side": recipe.latent_side}
     for name, default in usual.items():
         given = getattr(args, name)
@@ -175,8 +174,8 @@ def draw(model: Any, vae: Any, numbers: list[int], args: argparse.Namespace, dev
         model, noise, y=y, guidance=guidance(args), solver=args.solver, steps=args.steps, interpolant=args.interpolant,
         prediction=config.prediction, generator=streams,
     )  # fmt: skip
-    if vae is not None:
-        latents = vae.decode(latents, scale=args.latent_scale, shift=args.latent_shift)
+    scaling = {"scale": args.latent_scale, "shift": args.latent_shift}
+    latents = unscaled(latents, **scaling) if vae is None else vae.decode(latents, **scaling)
     if not latents.isfinite().all():
         raise ValueError(
             f"image {numbers[0]} or one of the {len(numbers)} drawn with it is not finite, and none is written: "
@@ -217,17 +216,26 @@ def build(args: argparse.Namespace, device: torch.device) -> tuple[sprint.Captur
             raise SystemExit(
                 f"--vae none, but {sit.config.in_channels} channels are no picture: name the VAE of the latents"
             )
-        vae = None
+        vae, own = None, (1.0, 0.0)
     else:
         vae = VAE.from_pretrained(args.vae).to(device)
         if vae.channels != sit.config.in_channels:
             raise SystemExit(f"--vae {args.vae} has {vae.channels} channels, the model {sit.config.in_channels}")
+        own = vae.scale, vae.shift
+        said = sit.recipe.latent_scale, sit.recipe.latent_shift
+        if sit.recipe.vae not in (None, args.vae) and any(s not in (None, o) for s, o in zip(said, own, strict=True)):
+            raise SystemExit(
+                f"--vae {args.vae} has scale and shift {own}, but {args.checkpoint} was trained with {said}, on latents of "
+                f"{sit.recipe.vae}: name that one"
+            )
         size = args.side * vae.factor
         if sit.recipe.image_size not in (None, size) and args.side == sit.recipe.latent_side:
             raise SystemExit(
                 f"--vae {args.vae} makes images of {size} from latents of {args.side}, but {args.checkpoint} was trained on "
                 f"images of {sit.recipe.image_size}: it is another VAE"
             )
+    args.latent_scale = own[0] if args.latent_scale is None else args.latent_scale
+    args.latent_shift = own[1] if args.latent_shift is None else args.latent_shift
     return sprint.CapturedModel(sit, autocast=torch.bfloat16 if args.dtype == "bfloat16" else None), vae
 
 
@@ -236,8 +244,9 @@ def generate(args: argparse.Namespace, model: Any, vae: Any, state: PartialState
     guidance(args)
     lock = None
     if state.is_main_process:
-        agree(args)
+        args.out.mkdir(parents=True, exist_ok=True)
         lock = FolderLock(args.out, "is sampling into")
+        agree(args)
         sweep(args.out)
     state.wait_for_everyone()
     missing = [i for i in range(args.count) if not name(args, i).exists()]

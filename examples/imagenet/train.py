@@ -32,10 +32,12 @@ import sprint
 from sprint.data.images import save_grid, to_uint8
 from sprint.data.latents import SCALE
 from sprint.data.teacher import Teacher
-from sprint.data.vae import VAE
+from sprint.data.vae import VAE, unscaled
 from sprint.random import normal
 from sprint.training.order import Batches, DataOrder, seed_of
 from sprint.training.parallel import leave
+
+VAE_NAME = "stabilityai/sd-vae-ft-mse"
 
 
 class Objective:
@@ -84,7 +86,8 @@ def settled(config: Config, data: sprint.data.LatentDataset) -> Config:
         ValueError: the file says otherwise.
     """
     found: dict[str, Any] = {}
-    for name, usual in (("latent_scale", SCALE), ("latent_shift", 0.0), ("vae", "stabilityai/sd-vae-ft-mse")):
+    pixels = (config.vae or data.about.get("vae")) == "none"
+    for name, usual in (("latent_scale", 1.0 if pixels else SCALE), ("latent_shift", 0.0), ("vae", VAE_NAME)):
         given, kept = getattr(config, name), data.about.get(name)
         if name != "vae" and None not in (given, kept) and given != kept:
             raise ValueError(f"{name}={given}, but {config.data_dir} was prepared with {kept}: leave {name} out")
@@ -106,9 +109,10 @@ def build_teacher(
     return teacher, teacher.dim
 
 
-def build_vae(config: Config, channels: int, device: torch.device) -> VAE | None:
-    """The VAE that decodes sample grids, loaded before anything is trained."""
-    if not config.sampling_steps or config.vae == "none":
+def build_vae(config: Config, data: sprint.data.LatentDataset, device: torch.device) -> VAE | None:
+    """The VAE that decodes sample grids, loaded before anything is trained; another one than the latents' is compared."""
+    channels, other = data.shape[0] // 2, config.vae not in (VAE_NAME, data.about.get("vae"))
+    if not (config.sampling_steps or other) or config.vae == "none":
         if config.sampling_steps and channels not in (1, 3):
             raise ValueError(f"vae=none, but {channels} channels are no picture: name the latents' VAE, or sampling_steps=0")
         return None
@@ -116,7 +120,13 @@ def build_vae(config: Config, channels: int, device: torch.device) -> VAE | None
     vae = VAE.from_pretrained(config.vae)
     if vae.channels != channels:
         raise ValueError(f"vae={config.vae} has {vae.channels} channels, the latents {channels}: name theirs")
-    return vae.to(device)
+    numbers = [list(n) if isinstance(n, list | tuple) else n for n in (vae.scale, vae.shift)]
+    if other and numbers != [config.latent_scale, config.latent_shift]:
+        raise ValueError(
+            f"vae={config.vae} has latent_scale={vae.scale} and latent_shift={vae.shift}, and these latents "
+            f"{config.latent_scale} and {config.latent_shift}: name their own VAE, or give latent_scale and latent_shift"
+        )
+    return vae.to(device) if config.sampling_steps else None
 
 
 def token_grid(config: Config, data: sprint.data.LatentDataset) -> tuple[int, int]:
@@ -134,8 +144,8 @@ def draw(config: Config, ema: torch.nn.Module, vae: Any, shape: tuple[int, ...],
         latents = sprint.sample(
             ema, noise, y=y, steps=50, interpolant=config.path_type, prediction=config.prediction, guidance=guidance
         )
-    if vae is not None:
-        latents = vae.decode(latents, scale=config.latent_scale, shift=config.latent_shift)
+    scaling = {"scale": config.latent_scale, "shift": config.latent_shift}
+    latents = unscaled(latents, **scaling) if vae is None else vae.decode(latents, **scaling)
     if file is not None:
         file.parent.mkdir(exist_ok=True)
         save_grid(to_uint8(latents), file)
@@ -228,7 +238,7 @@ def train(config: Config, accelerator: Accelerator) -> None:
     ]
     teacher, repa_dim = build_teacher(config, data, device)
     shape = (data.shape[0] // 2, *data.shape[1:])
-    vae = build_vae(config, shape[0], device)
+    vae = build_vae(config, data, device)
     run, log = build(config, data, repa_dim, device), Log(config.folder, accelerator)
     begin = last = run.resume(log, accelerator)
     if main:

@@ -7,6 +7,7 @@ import argparse
 import dataclasses
 import os
 import pickle
+import struct
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -200,7 +201,7 @@ def _original(path: Path) -> tuple[dict[str, Tensor], int | None]:
     try:
         with torch.serialization.safe_globals([argparse.Namespace]):  # of DiT's, SiT's and REPA's scripts: plain values
             content = torch.load(path, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
+    except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError, struct.error) as error:
         raise ValueError(f"{path} is no checkpoint that torch reads without running its code ({error})") from error
     if not isinstance(content, dict):
         raise ValueError(f"{path} holds a {type(content).__name__}, expected a state dictionary, or one under ema or model")

@@ -4,6 +4,7 @@ Diffusion models see `(z - shift) * scale` of a VAE's latent z; shift and scale 
 """
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -72,6 +73,8 @@ class VAE(nn.Module):
             import diffusers
         except ImportError as error:
             raise ImportError("a VAE needs diffusers: pip install 'sprint-diffusion[diffusers]'") from error
+        if Path(source).is_file():
+            raise ValueError(f"{source} is a file, expected the folder of a VAE of diffusers, or its name on the hub")
         config, place = _config(source)
         kind = str(config.get("_class_name"))
         _check_kind(kind, str(source))

@@ -118,7 +118,7 @@ class SprintPipeline(DiffusionPipeline):
         x = x.to(like.dtype)
         if output_type == "latent":
             return x
-        images = x if self.vae is None else self._decoded(x)
+        images = self._pixels(x) if self.vae is None else self._decoded(x)
         images = (images / 2 + 0.5).clamp(0, 1)
         return self.numpy_to_pil(images.permute(0, 2, 3, 1).float().cpu().numpy()) if output_type == "pil" else images
 
@@ -145,6 +145,15 @@ class SprintPipeline(DiffusionPipeline):
         if type(self.vae).__name__ == "AutoencoderKLFlux2":
             z = torch.nn.functional.pixel_shuffle(z, 2)
         return self.vae.decode(z, return_dict=False)[0]
+
+    def _pixels(self, x: Tensor) -> Tensor:
+        """What a model of pixels was trained on, unscaled."""
+        recipe = getattr(held(self.transformer), "recipe", None)
+        return (
+            x
+            if recipe is None or recipe.vae != "none"
+            else unscaled(x, recipe.latent_scale or 1.0, recipe.latent_shift or 0.0)
+        )
 
     def _scaling(self) -> tuple[Any, Any]:
         """Scale and shift: those that the model was trained with or, where it does not say, the VAE's own.

@@ -40,6 +40,9 @@ class Recipe:
     image_size: int | None = None
 
     def __post_init__(self) -> None:
+        for name in ("interpolant", "time", "vae"):
+            if not isinstance(value := getattr(self, name), str | None):
+                raise TypeError(f"{name} must be text, got {value!r}")
         if self.interpolant is not None:
             get_interpolant(self.interpolant)
         for name in ("latent_scale", "latent_shift"):
@@ -77,4 +80,7 @@ class Recipe:
         known = {field.name for field in dataclasses.fields(cls)}
         if unknown := sorted(said.keys() - known):
             raise ValueError(f"{source} holds a recipe with {', '.join(unknown)}, unknown to this version: update sprint")
-        return cls(**said)
+        try:
+            return cls(**said)
+        except TypeError as error:
+            raise ValueError(f"{source} holds a damaged recipe of how it was trained: {error}") from error

@@ -6,6 +6,7 @@ They are under the licence of their repository, which is not ours: read it befor
 from pathlib import Path
 
 from sprint.checkpoint import PathLike
+from sprint.models import hub
 
 REPOSITORY = "snap-research/SPRINT"  # on the Hugging Face hub
 FILES = (
@@ -19,7 +20,7 @@ def locate(source: PathLike) -> PathLike:
     """Where a checkpoint is: the file of this name, or a released one of it, fetched to the hub's cache.
 
     Args:
-        source: a file, or the name of a released one, with or without folders before it.
+        source: a file, a folder of `SiT.save_pretrained`, or the name of a released file, with or without folders before it.
 
     Returns:
         The file that is there, or `source` itself where there is none of the name.
@@ -29,6 +30,8 @@ def locate(source: PathLike) -> PathLike:
         OSError: it cannot be fetched.
     """
     path = Path(source)
+    if path.is_dir():
+        return hub.locate(path)
     if path.exists() or path.name not in FILES:
         return source
     try:
