@@ -82,7 +82,7 @@ def printable(text: object) -> str:
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in escaped)
 
 
-def agree(out: Path, wanted: dict[str, Any]) -> None:
+def agree(out: Path, wanted: dict[str, Any] | None) -> None:
     """Take up an earlier run's folder only if it was for the same job, and no folder of anything else."""
     file = out / "plan.json"
     found = json.loads(file.read_text()) if file.exists() else None
@@ -90,7 +90,7 @@ def agree(out: Path, wanted: dict[str, Any]) -> None:
         return
     if not isinstance(found, dict) or "names" not in found:
         raise SystemExit(f"{out} holds what prepare.py did not make: choose another --out, or empty it")
-    if found != wanted:
+    if wanted is not None and found != wanted:
         differ = [f"{key} {found.get(key)!r}, now {wanted[key]!r}" for key in wanted if found.get(key) != wanted[key]]
         raise SystemExit(f"{out} was begun with {'; '.join(differ)}: use the same options, or another --out")
 
@@ -182,6 +182,8 @@ def main() -> None:
         cpu=not torch.cuda.is_available(), timeout=patience
     )  # else accelerate takes several CPU processes for one each
     images, classes, ignored = find_images(args.images)
+    if state.is_main_process:
+        agree(args.out, None)  # before anything is loaded
     vae = VAE.from_pretrained(args.vae).to(state.device)
     if args.size % vae.factor:
         raise SystemExit(f"--size {args.size} is not divisible by {vae.factor}, by which this VAE shrinks images")
