@@ -139,11 +139,18 @@ def guidance(args: argparse.Namespace) -> Any:
     return sprint.PathDropGuidance(args.scale, interval=interval, weak="same" if args.guidance == "pdg-same" else "null")
 
 
+def about(args: argparse.Namespace) -> dict[str, str]:
+    """All that decides what image i is."""
+    ignored = ("out", "count", "batch", "config")
+    return {
+        **{name: str(value) for name, value in vars(args).items() if name not in ignored},
+        "weights": fingerprint(args.checkpoint),
+    }
+
+
 def agree(args: argparse.Namespace) -> None:
     """Take up an earlier run's folder only if it was for the same images; their number may grow."""
-    ignored = ("out", "count", "batch", "config")
-    wanted = {name: str(value) for name, value in vars(args).items() if name not in ignored}
-    wanted["weights"] = fingerprint(args.checkpoint)
+    wanted = about(args)
     file = args.out / "sampling.json"
     if not file.exists():
         args.out.mkdir(parents=True, exist_ok=True)

@@ -22,7 +22,6 @@ import torch
 from accelerate import PartialState
 from errors import plain_errors
 from matplotlib.figure import Figure
-from weights import fingerprint
 
 from sprint.checkpoint import write_bytes, write_text
 
@@ -120,8 +119,8 @@ def main() -> None:
                 continue
             file = args.out / f"{point.out.name}.point.json"
             known = json.loads(file.read_text()) if file.exists() else {}
-            about = {name: str(getattr(args, name)) for name in ("reference", "crop", "ignore_exif", "inception", "dino")}
-            said = {"samples": args.count, "weights": fingerprint(args.checkpoint), **about}
+            judged = {name: str(getattr(args, name)) for name in ("reference", "crop", "ignore_exif", "inception", "dino")}
+            said = {"samples": args.count, "drawn": sample.about(point), **judged}
             if not said.items() <= known.items():
                 known = {"guidance": guidance, "scale": scale, **said}
             for metric, extractor in (("fid", args.inception), ("fdd", args.dino)):

@@ -168,3 +168,84 @@ def test_what_will_not_fit_is_said_before_the_run(tmp_path, monkeypatch, capsys)
         train.introduce(run, 0, plans, (4, 4))
         text = capsys.readouterr().out
         assert [int(line.split()[3]) for line in text.splitlines() if line.startswith("WARNING: steps from")] == warned
+
+
+def test_pixels_are_not_scaled_and_come_back(tmp_path, monkeypatch):
+    """A model without a VAE sees the pictures as they are, and any scale that it was trained with is undone."""
+    data = sprint.data.LatentDataset(latents(tmp_path / "pixels"))
+    found = train.settled(options_of.Config(vae="none"), data)
+    assert (found.latent_scale, found.latent_shift, found.vae) == (1.0, 0.0, "none")
+    assert train.settled(options_of.Config(vae="none", latent_scale=0.5), data).latent_scale == 0.5
+    import sample
+
+    pixels = torch.rand(2, 3, 8, 8) * 2 - 1
+    monkeypatch.setattr(sample.sprint, "sample", lambda *_, **__: (pixels - 0.25) * 0.5)
+    args = sample.options(None).parse_args([])
+    args.side, args.latent_scale, args.latent_shift, args.guidance = 8, 0.5, 0.25, "none"
+    model = sprint.CapturedModel(sprint.SiT.preset("S/2", middle_depth=1, in_channels=3, num_classes=2).eval())
+    assert sample.draw(model, None, [0, 1], args, "cpu").equal(sprint.data.to_uint8(pixels))
+
+
+def kl(folder, **numbers):
+    torch.manual_seed(0)
+    diffusers.AutoencoderKL(
+        block_out_channels=(4, 8), norm_num_groups=2, down_block_types=["DownEncoderBlock2D"] * 2, latent_channels=4,
+        up_block_types=["UpDecoderBlock2D"] * 2, **numbers,
+    ).save_pretrained(folder)  # fmt: skip
+    return folder
+
+
+def test_a_vae_that_is_not_the_latents_is_refused(tmp_path):
+    """In training, and in sampling; one without a recipe beside it is decoded by its own numbers."""
+    own, other = kl(tmp_path / "own", scaling_factor=0.5, shift_factor=0.3), kl(tmp_path / "other", scaling_factor=0.13025)
+    data = sprint.data.LatentDataset(latents(tmp_path / "data", vae=str(own), latent_scale=0.5, latent_shift=0.3))
+    for vae, steps in ((other, 0), (other, 5)):
+        found = train.settled(options_of.Config(vae=str(vae), sampling_steps=steps), data)
+        with pytest.raises(ValueError, match="has latent_scale=0.13025 .* and these latents 0.5 and 0.3"):
+            train.build_vae(found, data, torch.device("cpu"))
+    assert train.build_vae(train.settled(options_of.Config(), data), data, torch.device("cpu")) is None
+
+    import sample
+
+    model = sprint.SiT.preset("S/2", middle_depth=1, num_classes=2)
+    for recipe, vae, message in (
+        (Recipe(vae=str(own), latent_scale=0.5, latent_shift=0.3), other, "name that one"),
+        (Recipe(vae=str(own), latent_scale=0.5, latent_shift=0.3), own, None),
+        (Recipe(), own, None),
+    ):
+        model.recipe = recipe
+        model.save(tmp_path / "model.safetensors")
+        args = sample.options(None).parse_args(["--side", "8", "--vae", str(vae)])
+        args.checkpoint = tmp_path / "model.safetensors"
+        if message:
+            with pytest.raises(SystemExit, match=message):
+                sample.build(args, torch.device("cpu"))
+        else:
+            sample.build(args, torch.device("cpu"))
+            assert (args.latent_scale, args.latent_shift) == (0.5, 0.3)
+
+
+def test_a_fingerprint_is_of_the_content(tmp_path):
+    """safetensors orders what is said beside the tensors as it likes."""
+    import weights
+    from safetensors.torch import save_file
+
+    tensors, prints = {"a": torch.arange(9.0), "b": torch.ones(2)}, set()
+    for i in range(8):
+        save_file(tensors, tmp_path / f"{i}.safetensors", metadata={name: name for name in "abcdefgh"})
+        prints.add(weights.fingerprint(tmp_path / f"{i}.safetensors"))
+    assert len({(tmp_path / f"{i}.safetensors").read_bytes() for i in range(8)}) > 1
+    assert len(prints) == 1
+    save_file({**tensors, "b": torch.zeros(2)}, tmp_path / "c.safetensors", metadata={name: name for name in "abcdefgh"})
+    assert weights.fingerprint(tmp_path / "c.safetensors") not in prints
+
+
+def test_the_switch_of_stages_does_not_move_behind_a_run(tmp_path):
+    options = {"path_type": "cosine", "latent_scale": 0.5, "stages": "both"}
+    latents(tmp_path / "latents")
+    tuned = {"max_train_steps": 2, "warmup_steps": 0, "batch_size": 8, "learning_rate": 1e-4}
+    assert trained(tmp_path, tmp_path / "latents", max_train_steps=2, finetune=tuned, **options).returncode == 0
+    run = trained(tmp_path, tmp_path / "latents", max_train_steps=4, finetune=tuned, **options)
+    assert "is a run with max_train_steps=2, now 4, after its second stage began" in run.stderr
+    more = {**tuned, "max_train_steps": 3}
+    assert trained(tmp_path, tmp_path / "latents", max_train_steps=2, finetune=more, **options).returncode == 0

@@ -253,3 +253,21 @@ def test_what_is_left_out_is_listed_with_the_reason(folder, tmp_path):
     listed = (tmp_path / "again" / "corrupt.txt").read_text().splitlines()
     assert listed == ["a/pipe.jpg\ta pipe, socket or device, not a file", "b/two\\nlines.png\tan empty file"]
     assert (tmp_path / "again" / "ignored.txt").read_text() == "b/notes.txt\tits suffix is no image's\n"
+
+
+def test_another_vae_in_the_place_of_the_first_is_refused(folder, tmp_path):
+    """By its weights; and a size that no model could be trained on."""
+    import shutil
+
+    from diffusers import AutoencoderKL
+
+    place = shutil.copytree(folder / "vae", tmp_path / "vae")
+    arguments = ("--images", folder / "images", "--vae", place, "--shard", 50, "--workers", 0, "--out", tmp_path / "out")
+    run = small.script("prepare", *arguments, "--size", 30)
+    assert "--size 30 gives latents 15 wide, which do not split into patches of 2" in run.stderr
+    assert small.script("prepare", *arguments, "--size", 32).returncode == 0
+    other = AutoencoderKL.from_pretrained(place)
+    other.decoder.conv_out.bias.data += 1
+    other.save_pretrained(place)
+    run = small.script("prepare", *arguments, "--size", 32)
+    assert "was begun with weights" in run.stderr

@@ -115,3 +115,14 @@ def test_what_is_not_there(tmp_path, monkeypatch, source, message):
     torch.save({}, tmp_path / "model.safetensors")
     with pytest.raises(ValueError, match="is a pickle"):
         sprint.SiT.from_pretrained(tmp_path)
+
+
+def test_a_folder_is_a_checkpoint_everywhere(tmp_path, capsys):
+    from sprint import commands
+    from sprint.models import load_model
+
+    saved = model()
+    saved.save_pretrained(tmp_path / "folder")
+    assert same(saved, load_model(tmp_path / "folder"))
+    commands.main(["info", str(tmp_path / "folder")])
+    assert "trained with interpolant = 'cosine'" in capsys.readouterr().out

@@ -116,3 +116,19 @@ def test_indexes(tmp_path, change, message):
     (folder / "index.json").write_text("{")
     with pytest.raises(ValueError, match="is no index of a dataset"):
         LatentDataset(folder)
+
+
+@pytest.mark.parametrize("said", [{"interpolant": ["a"]}, {"vae": 7}, {"time": {}}, {"latent_scale": "1"}])
+def test_recipes(saved, tmp_path, said):
+    about = {"sprint.config": json.dumps(saved[1]), "sprint.recipe": json.dumps({"format": 2, **said})}
+    save_file(saved[0], tmp_path / "model.safetensors", metadata=about)
+    with pytest.raises(ValueError, match="damaged recipe|latent_scale must be a finite number"):
+        SiT.load(tmp_path / "model.safetensors")
+
+
+def test_a_pickle_of_nothing(tmp_path):
+    from sprint import commands
+
+    (tmp_path / "junk.pt").write_bytes(b"junk")
+    with pytest.raises(SystemExit, match="is no checkpoint that torch reads without running its code"):
+        commands.main(["convert", str(tmp_path / "junk.pt"), str(tmp_path / "o"), "--source", "sit", "--heads", "2"])
